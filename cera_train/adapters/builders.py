@@ -93,14 +93,6 @@ class Builder:
         fields = fields | {"task_type": peft.TaskType.CAUSAL_LM}
         if config.target_modules is not None:
             fields["target_modules"] = config.target_modules
-        if config.layers is not None:
-            require(
-                hasattr(config_class, "layers_to_transform"),
-                f"adapter.layers={config.layers}: adapter.method={config.method} has no layers. "
-                "Set adapter.layers=null.",
-            )
-            if config.target_modules != "all-linear":  # see `name_linears`: PEFT refuses both
-                fields["layers_to_transform"] = config.layers
         start = config.settings.get("init_lora_weights")
         require(
             not (isinstance(start, str) and start.startswith(NOT_FROM_BASE)),
@@ -130,7 +122,7 @@ class Builder:
         """
         peft_config = self.peft_config(config)
         if config.target_modules == "all-linear":
-            name_linears(peft_config, base, left_out, config.layers)
+            name_linears(peft_config, base, left_out)
         exclude_projections(peft_config, left_out)
         with peft_errors(config):
             experts = ", ".join(taken_for_experts(peft_config, base))
@@ -246,15 +238,13 @@ def dora_B(layer: nn.Module) -> torch.Tensor:
     return scale[:, None] * plain_B(layer)
 
 
-def name_linears(
-    config: peft.PeftConfig, base: PreTrainedModel, left_out: list[str], layers: list[int] | None
-) -> None:
+def name_linears(config: peft.PeftConfig, base: PreTrainedModel, left_out: list[str]) -> None:
     """Names the projections that all-linear stands for, where PEFT would take others: of a mixture
-    of experts, of some layers, and where a method cannot leave some out (VeRA)."""
+    of experts, and where a method cannot leave some out (VeRA)."""
     taken = as_peft_takes(config, base).target_modules
     is_mixture = taken != "all-linear"
     excluded = [] if hasattr(config, "exclude_modules") else left_out
-    if not (is_mixture or excluded or layers is not None):
+    if not (is_mixture or excluded):
         return
     names = linear_names(
         (name, module)
@@ -262,8 +252,6 @@ def name_linears(
         if re.search(r"\.\d+\.", name) and name not in excluded
     )
     config.target_modules = {name for name in names if not is_mixture or name in taken}
-    if layers is not None:
-        config.layers_to_transform = layers
 
 
 def as_peft_takes(config: peft.PeftConfig, base: PreTrainedModel) -> peft.PeftConfig:

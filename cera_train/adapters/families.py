@@ -29,7 +29,7 @@ class Family:
 
     name = "PEFT"  # for tables and pictures
     # The settings that it reads, beside kind and label. Any other that is set is refused.
-    uses = frozenset({"method", "r", "alpha", "dropout", "target_modules", "layers", "settings"})
+    uses = frozenset({"method", "r", "alpha", "dropout", "target_modules", "settings"})
     needs_targets = False  # whether target_modules must be given
     trains_base = False  # whether the base's weights are trained
     b_matrix: str | None = None  # the module that holds B, for `adapter.b_lr_ratio`

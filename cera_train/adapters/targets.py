@@ -30,12 +30,6 @@ def check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
                 f"adapter.target_modules: {target!r} matches no module of this model. "
                 f"Its linear projections are {', '.join(linear_names(model.named_modules()))}."
             )
-    layers = model.config.get_text_config().num_hidden_layers
-    outside = [layer for layer in config.layers or [] if not 0 <= layer < layers]
-    if outside:
-        raise UserError(
-            f"adapter.layers: {outside} is outside this model's layers 0 to {layers - 1}."
-        )
 
 
 def linear_names(named_modules: Iterable[tuple[str, nn.Module]]) -> list[str]:

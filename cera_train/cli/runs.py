@@ -3,49 +3,26 @@
 
 The first three check their settings; only then do they import torch, which takes seconds."""
 
-import sys
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cera_train.cli.config import call, start_hydra, to_config
 from cera_train.cli.mistakes import Parser
-from cera_train.cli.start import print_error
 from cera_train.common.files import cut_name
-from cera_train.distributed.processes import is_one_of_several
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.serving import ChatConfig, ExportConfig
 from cera_train.study.folder import find_study
 from cera_train.sweep.folder import print_sweep
 
-EVAL = "cera-eval"
-
-
 # --- cera-eval, cera-chat and cera-export ---------------------------------------------------------
 
 
 def eval_main() -> None:
-    failed = []
-
-    def evaluate(composed: DictConfig) -> None:
-        """One evaluation. With -m, a failed one does not stop the others."""
-        try:
-            measure(composed)
-        except Exception as error:
-            is_alone = HydraConfig.get().mode != RunMode.MULTIRUN
-            if is_alone or is_one_of_several():  # the other processes wait for this one
-                raise
-            print_error(EVAL, error)
-            failed.append(error)
-
-    start_hydra(EVAL, evaluate)
-    if failed:
-        sys.exit(1)
+    start_hydra("cera-eval", evaluate)
 
 
-def measure(composed: DictConfig) -> None:
+def evaluate(composed: DictConfig) -> None:
     call("cera_train.evaluation.evaluate:start_evaluation", to_config(composed, EvalConfig))
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 from cera_train.common.errors import UserError, explain
 from cera_train.common.libraries import heavy_imports
-from cera_train.common.settings import require
 from cera_train.common.signals import (
     SIGNALS,
     STOPPED,
@@ -34,24 +33,9 @@ MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def launched_rank() -> int | None:
-    """The rank that a launcher set for this process, from the variables that Accelerate reads; None
-    without a launcher. Raises UserError for some of these variables without the others."""
-    for library in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD"):
-        size = int(os.environ.get(f"{library}_SIZE", 1))
-        if size > 1 and "RANK" not in os.environ:  # srun sets a rank for a single task too
-            return int(os.environ[f"{library}_RANK"])
-    found = [name for name in RANKS if name in os.environ]
-    missing = [name for name in (*MEETING, "LOCAL_RANK") if name not in os.environ]
-    is_single = os.environ.get("WORLD_SIZE") == "1" and os.environ.get("RANK", "0") == "0"
-    # By some of the variables Accelerate would fail, wait or, on a GPU, train each process alone. A
-    # single process needs no address.
-    require(
-        not found or not missing or (is_single and "LOCAL_RANK" not in found),
-        f"{', '.join(f'{name}={os.environ[name]}' for name in found)} without "
-        f"{', '.join(missing)}: start this command by torchrun, `accelerate launch` or srun, which "
-        f"set all of these variables, or alone: unset {' '.join(found)}.",
-    )
-    return int(os.environ["RANK"]) if "RANK" in os.environ else None
+    """The rank that a launcher set for this process; None without a launcher."""
+    rank = os.environ.get("RANK")
+    return None if rank is None else int(rank)
 
 
 def is_main_process() -> bool:

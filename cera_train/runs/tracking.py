@@ -105,8 +105,8 @@ def start_tracker(
             tracker.start()
             started.trackers[kind] = tracker
             if kind == WANDB and tracker.run.offline:
-                folder = tracker.run.settings.sync_dir
-                print_line("wandb", f"recorded offline; to upload it: wandb sync {quote(folder)}")
+                upload = f"wandb sync {quote(tracker.run.settings.sync_dir)}"
+                print_line("wandb", f"recorded offline; to upload it: {upload}")
             if kind == TENSORBOARD:
                 # As hyperparameters, TensorBoard would show the config as another run.
                 tracker.log({"config": f"```json\n{json.dumps(run_config, indent=2)}\n```"})

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated
 
 from pydantic import PositiveFloat, PositiveInt
 
 from cera_train.common.settings import setting
-from cera_train.settings.values import Filled, NamedValues, Settings, Share, Targets
+from cera_train.settings.values import NamedValues, Settings, Share, Targets
 
 AdapterKind = StrEnum("AdapterKind", ["cera", "dora", "full", "lora", "peft", "rslora"])
 Activation = StrEnum("Activation", ["silu", "relu", "gelu", "tanh", "identity"])
@@ -47,8 +46,6 @@ class AdapterConfig(Settings):
     """cera: adapt all projections of all experts too. false: `all-linear` leaves them out, since
     branches of many experts make up most of an adapter (Qwen3-30B-A3B at r=16: 47 times the
     rest)."""
-    layers: Annotated[list[int], Filled] | None = setting(None, "result")
-    """Only these layers. null: every layer."""
     method: str | None = setting(None, "result")
     """The PEFT method of `kind=peft`: a name of peft.PeftType, such as MISS."""
     settings: NamedValues = setting(None, "result")

@@ -41,7 +41,7 @@ PLAIN_WORD = r"(?a)[\w /+.$%*@?|:-]*|.*\$\{.*"  # what a grid of Hydra's takes w
 
 EXTENSIONS = 6  # steps beyond the end of a grid at most
 
-COMMON_SETTINGS = ("r", "dropout", "target_modules", "layers", "start_from")
+COMMON_SETTINGS = ("r", "dropout", "target_modules", "start_from")
 """Settings that every adapter has, and that an arm has to name where they differ from the
 baseline's. The rest of conf/adapter/NAME is what the method is."""
 

@@ -2,7 +2,6 @@
 or the model are refused in one line that names the key."""
 
 import pytest
-from conftest import make_tiny_llama
 from moe_models import MIXTURES, expert_loras, experts_of, make_mixture
 
 from cera_train.adapters import build
@@ -14,15 +13,6 @@ from cera_train.settings.adapters import AdapterConfig
 def refuses(message: str):
     """One line, whose start is the place."""
     return pytest.raises(UserError, match=rf"\A{message}[^\n]*\Z")
-
-
-def test_all_linear_adapts_only_the_chosen_layers():
-    config = AdapterConfig("lora", 4, target_modules="all-linear", layers=[1])
-    build.check(config)
-    model = build.build(make_tiny_llama(), config)
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len(names) == 14
-    assert all(".layers.1." in name for name in names)
 
 
 # --- experts --------------------------------------------------------------------------------------

@@ -9,11 +9,9 @@ import transformers
 import yaml
 from commands import WITHOUT_TORCH, command
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
 
 from cera_train.cli.compose import compose
 from cera_train.cli.mistakes import SCHEMAS, USUAL_NAMES, did_you_mean, for_hydra
-from cera_train.common.errors import UserError
 from cera_train.common.settings import fields_of, quoted
 
 
@@ -62,21 +60,6 @@ def test_a_mistake_is_answered_before_torch_is_imported(tmp_path):
     assert done.returncode == 2
     assert "model.path=./no" in done.stderr
     assert not (tmp_path / "outputs").exists()
-
-
-def test_an_evaluation_that_fails_lets_the_others_run(tmp_path, run_command, monkeypatch, capfd):
-    begun = []
-
-    def run(composed: DictConfig) -> None:
-        begun.append(composed.run)
-        if composed.run == "broken":
-            raise UserError("broken is no run.")
-
-    monkeypatch.setattr("cera_train.cli.runs.measure", run)
-    assert run_command("cera-eval", "-m", "run=broken,b") == 1
-    assert begun == ["broken", "b"]
-    assert capfd.readouterr().err == "cera-eval: broken is no run.\n"
-    assert not list(tmp_path.iterdir())
 
 
 def test_flags_stand_anywhere():

@@ -33,7 +33,6 @@ from cera_train.distributed.accelerator import start_accelerator
 from cera_train.distributed.processes import (
     error_of,
     join_slurm_step,
-    launched_rank,
     processes_to_start,
 )
 from cera_train.runs.results import LOSSES_AFTER, TokenLosses
@@ -248,28 +247,6 @@ MEETING = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_P
 ALL = MEETING | {"LOCAL_RANK": "1"}
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({}, None),
-        ({"MASTER_ADDR": "node"}, None),  # of a batch script, for all of its steps
-        ({"RANK": "0", "WORLD_SIZE": "1"}, 0),
-        (ALL, 1),
-        ({"PMI_SIZE": "2", "PMI_RANK": "1", "WORLD_SIZE": "2"}, 1),
-        ({"RANK": "0"}, "RANK=0 without WORLD_SIZE, .*unset RANK"),
-        (MEETING, "RANK=1, WORLD_SIZE=2 without LOCAL_RANK"),  # of a PyTorchJob on Kubernetes
-    ],
-)
-def test_a_part_of_a_launchers_variables_is_one_line(monkeypatch, variables, expected):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    if isinstance(expected, str):
-        with pytest.raises(UserError, match=f"^{expected}"):
-            launched_rank()
-    else:
-        assert launched_rank() == expected
-
-
 def test_variables_of_a_launcher_that_is_gone_are_named(monkeypatch):
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -279,6 +256,13 @@ def test_variables_of_a_launcher_that_is_gone_are_named(monkeypatch):
     config = DistributedConfig(timeout=1)
     with pytest.raises(UserError, match="RANK=0, WORLD_SIZE=2, .* unset RANK WORLD_SIZE"):
         start_accelerator(ModelConfig("m", dtype="float32"), None, config)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_rank_without_the_number_of_processes_would_train_alone(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="several processes were started"):
+        start_accelerator(ModelConfig("m", dtype="float32"), None, DistributedConfig())
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -22,7 +22,6 @@ FACTORS: dict[str, dict[str, int]] = {
     "targets": {
         "": 3,
         "adapter.target_modules=[q_proj,v_proj]": 1,
-        "adapter.layers=[1]": 1,
         "adapter.experts=true": 1,
     },
     "rows": {

@@ -84,7 +84,8 @@ def test_a_resumed_run_continues_under_the_same_id(compose, tmp_path):
 def test_wandb_without_a_key_is_offline_with_metrics(tiny_folder, tmp_path, monkeypatch):
     """In a separate process: W&B starts a service that outlives a test."""
     monkeypatch.delenv("WANDB_MODE")
-    words = [f"model.path={tiny_folder}", *TINY, "train.max_updates=2", "tracker=wandb"]
+    words = [f"model.path={tiny_folder}", *TINY, "train.max_updates=2"]
+    words.append("tracker.kinds={wandb: null, tensorboard: null}")
     done = command("cera-train", *words, cwd=tmp_path, HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "left out" not in done.stderr
@@ -92,6 +93,8 @@ def test_wandb_without_a_key_is_offline_with_metrics(tiny_folder, tmp_path, monk
     recorded = b"".join(path.read_bytes() for path in folder.glob("*.wandb"))
     for name in (b"eval/perplexity", b"spectrum/effective_rank/mean", b"train.max_updates"):
         assert name in recorded
+    # Beside an offline run of W&B, TensorBoard's events stay in the run's folder.
+    assert [*tmp_path.glob("outputs/*/tensorboard/events*")]
 
 
 def test_secrets_of_the_environment_are_redacted(monkeypatch):
