@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -21,7 +20,6 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationMixin,
-    PretrainedConfig,
     PreTrainedModel,
     StopStringCriteria,
     TextStreamer,
@@ -43,7 +41,6 @@ from cera_train.settings.evaluation import GenerationConfig
 
 PROMPTS_AT_ONCE = 8  # few, so that prompts are padded little; enough to keep matrix products large
 ROWS_AT_ONCE = 256  # more are no faster, and each row needs logits of the whole vocabulary
-CACHE_BYTES = 2**32  # keys and values of a batch on a CPU, where generation.batch_tokens is null
 
 
 def cut_batches(
@@ -59,32 +56,6 @@ def cut_batches(
             batches.append([])
         batches[-1].append(request)
     return batches
-
-
-def cache_room(device: torch.device) -> int:
-    """Bytes for the keys and values of a batch. On a GPU at most half of what is free, or held by
-    torch unused: a power of two, so that a resumed run, which finds a little more or less, cuts the
-    same batches."""
-    if device.type != "cuda":
-        return CACHE_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return 2 ** int(math.log2((free + unused) / 2))
-
-
-def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
-    """Bytes of one token's keys and values in all layers."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 1)
-    widths = [getattr(text, name, None) or 0 for name in ("head_dim", "qk_head_dim", "v_head_dim")]
-    width = max(widths) or text.hidden_size // heads
-    return (
-        2
-        * text.num_hidden_layers
-        * (getattr(text, "num_key_value_heads", None) or heads)
-        * width
-        * itemsize
-    )
 
 
 class TokenChoice:
@@ -167,19 +138,11 @@ class LoadedModel:
         config: GenerationConfig,
         processes: int,
     ) -> list[list[Request]]:
-        """The requests in batches for `answers`, which `processes` processes divide."""
-        tokens = config.batch_tokens or self.batch_tokens(requests, max_new_tokens, processes)
-        if processes > 1:  # rounding follows from the batch: all have to cut the same ones
-            tokens = min(gather_object([tokens]))
-        return cut_batches(requests, max_new_tokens, tokens)
-
-    def batch_tokens(self, requests: Sequence[Request], max_new_tokens: int, processes: int) -> int:
-        """Tokens of a batch: as many as their keys and values have room for, at most a process's
-        share of the requests."""
+        """The requests in batches for `answers`, the same in each of the `processes` processes that
+        divide them."""
         longest = max((len(request.prompt_ids) for request in requests), default=0)
         share = math.ceil(len(requests) / processes) * (longest + max_new_tokens)
-        room = cache_room(self.base.device)
-        return min(share, room // cache_bytes(self.base.config, self.base.dtype.itemsize))
+        return cut_batches(requests, max_new_tokens, min(share, config.batch_tokens))
 
     def answers(
         self,

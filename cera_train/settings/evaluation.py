@@ -63,10 +63,9 @@ class GenerationConfig(Settings):
     """Samples from the likeliest tokens whose probabilities add up to this."""
     seed: int = setting(0, "answers")
     """A sample's random numbers depend on (seed, problem, sample) alone."""
-    batch_tokens: PositiveInt | None = setting(None, "cost")
-    """Tokens of a batch if every answer were as long as it may be: bounds the memory of keys and
-    values. A Llama of 8B takes 128 KiB a token. null: 4 GiB of them; on a GPU at most half of the
-    free memory."""
+    batch_tokens: PositiveInt = setting(65_536, "cost")
+    """Tokens of a batch, padding and answers included. Lower it where a GPU's memory does not hold
+    their keys and values: a Llama of 8B takes 128 KiB a token."""
 
     def __post_init__(self) -> None:
         require(

@@ -38,7 +38,8 @@ def without_gone(tree: Any, place: str, key: str = "") -> Any:
         kept = {}
         for name, value in tree.items():
             inner = f"{key}.{name}" if key else str(name)
-            instead, unused = GONE.get(inner, (None, None))
+            choice = f"{inner}={word_of(value)}"
+            instead, unused = GONE.get(inner) or GONE.get(choice, (None, None))
             if instead is None or (unused != ANY and value not in (None, unused)):
                 kept[name] = without_gone(value, place, inner)
         return kept

@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 from tiny_runs import losses_of
 from torch.testing import assert_close
 
+from cera_train.runs.records import load_config
+from cera_train.settings.evaluation import EvalConfig, GenerationConfig
+
 ARCHIVES = sorted(Path(__file__).parent.glob("*.tar.gz"))
 assert ARCHIVES
 
@@ -63,6 +66,11 @@ def test_a_run_answers_and_predicts_as_it_did(release, run_command):
     before = json.loads(Path("before", perplexity).read_text())
     now = json.loads((folder / perplexity).read_text())
     assert now["perplexity"] == pytest.approx(before["perplexity"], rel=1e-5)
+
+
+def test_settings_of_an_evaluation_are_read(release):
+    config = load_config(Path("outputs/cera/eval/held_out/config.yaml"), EvalConfig)
+    assert config.generation == GenerationConfig()
 
 
 @pytest.mark.slow

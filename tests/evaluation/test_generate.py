@@ -1,6 +1,7 @@
 """Answers: what the library's own `generate` gives, one by one, whatever the batch, the order and
 the padding."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from oracles import (
 )
 
 from benchmarks.tiny_models import tiny_model
-from cera_train.evaluation.generate import LoadedModel, TokenChoice, cache_room, cut_batches
+from cera_train.evaluation.generate import LoadedModel, TokenChoice, cut_batches
 from cera_train.evaluation.requests import Request, generation_settings
 from cera_train.model.language_model import LanguageModel
 from cera_train.settings.evaluation import GenerationConfig
@@ -136,16 +137,18 @@ def test_settings_that_came_with_the_model_do_not_count(engine, requests):
     assert answers_of(engine, [requests], GREEDY) == expected
 
 
-@pytest.mark.parametrize("free", [40, 41.5])
-def test_keys_and_values_take_at_most_half_of_a_gpus_free_memory(monkeypatch, free):
-    """A resumed run finds a little more or less of it, and cuts the same batches."""
-    GB = 10**9
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GB, 80 * GB))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 38 * GB)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 18 * GB)
-    room = cache_room(torch.device("cuda"))
-    assert room == 2**34
-    assert (free + 20) * GB / 4 < room <= (free + 20) * GB / 2
+@pytest.mark.parametrize(
+    ("processes", "batch_tokens", "count"), [(1, 60, 4), (1, 1000, 1), (2, 1000, 2)]
+)
+def test_a_batch_holds_its_tokens_and_leaves_every_process_a_share(
+    engine, requests, processes, batch_tokens, count
+):
+    config = GenerationConfig(batch_tokens=batch_tokens)
+    batches = engine.batches(requests, 12, config, processes)
+    assert len(batches) == count
+    assert sorted(map(id, itertools.chain(*batches))) == sorted(map(id, requests))
+    for batch in batches:
+        assert len(batch) * (len(batch[0].prompt_ids) + 12) <= batch_tokens
 
 
 def test_a_tokenizer_without_an_end_is_refused():
