@@ -2,8 +2,8 @@
 
     row -> chat -> exchanges of text -> ids
 
-Training learns `examples`; held-out tasks, samples and GRPO ask `questions`; cera-chat sends a
-`prompt`. Nothing here imports torch."""
+Training learns `examples`; held-out tasks and GRPO ask `questions`; cera-chat sends a `prompt`.
+Nothing here imports torch."""
 
 import hashlib
 import itertools

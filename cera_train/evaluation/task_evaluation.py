@@ -7,8 +7,6 @@ number and restores the model, so the losses of a run are equal to the bit with 
 
 from __future__ import annotations
 
-import itertools
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,26 +17,19 @@ from accelerate.utils import gather_object
 from cera_train.common.errors import errors_at
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted
-from cera_train.data.prepare import held_out_questions
-from cera_train.data.tokens import ids_of
 from cera_train.evaluation.engine import Sampler
 from cera_train.evaluation.grading import grade_all
 from cera_train.evaluation.requests import Request, requests_for
 from cera_train.evaluation.tasks.task import (
     AnswerTask,
-    fields_of_prompt,
     load_problems,
     mean,
     training_task,
 )
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.runs.results import GradedProblem, Sample, describe_tasks
-from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.run import Config
-
-# tokens that a sampled answer to a held-out row may have; more where a reference has more
-SAMPLE_ROOM = 64
 
 GREEDY = GenerationConfig()
 
@@ -47,8 +38,8 @@ GREEDY = GenerationConfig()
 class TaskEvaluation:
     """Problems that the model answers."""
 
-    name: str | None  # the task's. The prompts of held-out rows have no task.
-    task: AnswerTask | None
+    name: str  # the task's
+    task: AnswerTask
     problems: list[Problem]
     requests: list[Request]
     max_new_tokens: int
@@ -75,44 +66,18 @@ class TaskEvaluation:
         }
 
     def samples(
-        self, update: int, answers: Sequence[Generation], grades: Sequence[Grade | None]
+        self, update: int, answers: Sequence[Generation], grades: Sequence[Grade]
     ) -> list[Sample]:
         """Samples of these answers, to read."""
         return [
-            Sample(
-                update, self.name, problem.prompt, answer.text, problem.gold, grade and grade.exact
-            )
+            Sample(update, self.name, problem.prompt, answer.text, problem.gold, grade.exact)
             for problem, answer, grade in zip(self.problems, answers, grades, strict=True)
         ]
 
 
-def evaluation_of_rows(
-    data: DataConfig, count: int, tokenizer: Any, positions: int | None
-) -> TaskEvaluation:
-    """The first held-out rows of all parts of a mix in turn, without those whose prompt leaves a
-    sample no room."""
-    in_turn = itertools.zip_longest(*held_out_questions(data, tokenizer))
-    questions = (question for each in in_turn for question in each if question is not None)
-    longest = sys.maxsize if positions is None else positions - SAMPLE_ROOM
-    fitting = (question for question in questions if len(question.prompt_ids) <= longest)
-    problems = []
-    room = SAMPLE_ROOM
-    for number, question in enumerate(itertools.islice(fitting, count)):
-        asked = fields_of_prompt(question)
-        problems.append(Problem(str(number), question.text, gold=question.gold, **asked))
-        room = max(room, len(ids_of(question.gold, tokenizer)) + 1)  # with its end token
-    if positions is not None:
-        room = min([room, *(positions - len(problem.prompt_ids) for problem in problems)])
-    requests = [Request(problem.id, 0, problem.prompt_ids) for problem in problems]
-    return TaskEvaluation(None, None, problems, requests, room, [])
-
-
-def evaluations_of(
-    config: Config, tokenizer: Any, positions: int | None
-) -> tuple[list[TaskEvaluation], list[TaskEvaluation]]:
-    """The evaluations of `train.tasks`, and those of samples: the first problems of each task,
-    without tasks the first held-out rows. Raises UserError for a task or samples without a
-    problem.
+def evaluations_of(config: Config, tokenizer: Any, positions: int | None) -> list[TaskEvaluation]:
+    """The evaluations of `train.tasks`. Raises UserError for a task without a problem, and for
+    samples without a task.
 
     Args:
         positions: of the model; None: without a limit.
@@ -126,12 +91,11 @@ def evaluations_of(
             requests = requests_for(problems, 1, tokenizer, room, positions)
             tasks.append(TaskEvaluation(name, task, problems, requests, room, task.config.stop))
     count = config.train.samples
-    if not count:
-        return tasks, []
-    evaluations = tasks or [evaluation_of_rows(config.data, count, tokenizer, positions)]
-    fix = "no held-out row has a prompt with room for an answer: set train.samples=0"
-    require(bool(evaluations[0].problems), f"train.samples={count}: {fix}.")
-    return tasks, [evaluation.first(count) for evaluation in evaluations]
+    require(
+        not count or bool(tasks) or not config.learns_answers,  # GRPO samples answers of its own
+        f"train.samples={count} are answers to train.tasks: set train.tasks=[held_out].",
+    )
+    return tasks
 
 
 @dataclass
@@ -155,13 +119,14 @@ class TaskEvaluations:
         self.sample_count = config.train.samples
         self.sampler = sampler
         self.accelerator = sampler.accelerator
-        self.evaluations, self.sampled = evaluations_of(
-            config, sampler.tokenizer, sampler.engine.positions
-        )
+        self.evaluations = evaluations_of(config, sampler.tokenizer, sampler.engine.positions)
+        self.sampled = []
+        if self.sample_count:
+            self.sampled = [each.first(self.sample_count) for each in self.evaluations]
 
     @property
     def plan(self) -> str:
-        """What is answered and when, in one line; empty without tasks and samples."""
+        """What is answered and when, in one line; empty without tasks."""
         when = "at the end"
         if self.every:
             when = f"at the start, every {self.every:,} updates and {when}"
@@ -216,9 +181,7 @@ class TaskEvaluations:
 
     def _run_samples(self, evaluation: TaskEvaluation, update: int, results: TaskResults) -> None:
         answers = self.answer(evaluation)
-        grades = [None] * len(answers)
-        if evaluation.task is not None:
-            grades = list(map(evaluation.task.grade, evaluation.problems, answers))
+        grades = list(map(evaluation.task.grade, evaluation.problems, answers))
         results.samples += evaluation.samples(update, answers, grades)
 
     def answer(self, evaluation: TaskEvaluation) -> list[Generation]:

@@ -137,7 +137,7 @@ def count_problems(
     config: PlanRun, read: tuple[PlanRun, Data] | None, positions: int | None
 ) -> dict[str, int]:
     """The number of problems of each of `train.tasks`: where the rows and all problems are of this
-    machine, of tasks and samples as the run builds them, with its errors; else the limit.
+    machine, as the run builds them, with its errors; else the limit.
 
     Args:
         read: by `read_rows`.
@@ -149,7 +149,7 @@ def count_problems(
     are_here = all(task.config.files or task.config.path is None for task in tasks.values())
     if read is not None and are_here:
         decided, rows = read
-        evaluations, _ = evaluations_of(decided, rows.tokenizer, positions)
+        evaluations = evaluations_of(decided, rows.tokenizer, positions)
         return {evaluation.name: len(evaluation.problems) for evaluation in evaluations}
     for name, task in tasks.items():
         fix = f"the number of its problems is unknown: set train.task_settings.{name}.limit"

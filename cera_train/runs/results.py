@@ -190,12 +190,12 @@ class Sample(Record):
     """An answer during training, a line of samples.jsonl."""
 
     update: int
-    task: str | None = None  # None: the prompt of a held-out row, which no task grades
+    task: str | None = None  # None: an answer that train.objective=grpo learns from
     prompt: str
     answer: str  # as the model wrote it
     gold: str
     exact: bool | None = None
-    reward: float | None = None  # only for an answer that train.objective=grpo learns from
+    reward: float | None = None  # only for such an answer
     tokens: int | None = None  # only for such an answer
 
 

@@ -67,9 +67,9 @@ class Config(Settings):
         """Raises UserError for what sharded weights do not allow."""
         settings = self.adapter.settings
         is_dora = self.adapter.kind == AdapterKind.dora or settings.get("use_dora")
-        generates = self.train.tasks or self.train.samples or self.work.answers
+        generates = self.train.tasks or self.work.answers
         refused = {
-            "the model of train.tasks, train.samples or train.objective=grpo": generates,
+            "the model of train.tasks or train.objective=grpo": generates,
             f"the moments of optimizer={self.optimizer.kind}": (
                 OPTIMIZERS[self.optimizer.kind].bits < 32
             ),

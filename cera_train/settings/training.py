@@ -161,10 +161,10 @@ class TrainConfig(Settings):
     """Settings of tasks that differ from their files, by name: {gsm8k: {files: [test.jsonl]}}."""
     samples: NonNegativeInt = setting(0, "nothing")
     """The number of answers, to the first problems of each task, that every evaluation adds to
-    samples.jsonl. Without tasks the prompts are those of the first held-out rows."""
+    samples.jsonl; with grpo also the number of prompts of an update whose answers are added."""
     server: Address | None = setting(None, "cost")
     """A vLLM server that generates answers during training, such as http://localhost:8000: to
-    tasks, samples and, with grpo, prompts. It loads the current adapter under a name with its
+    tasks and, with grpo, prompts. It loads the current adapter under a name with its
     digest."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = setting(0, "result")
     """Draws the adapter's first weights, the order of the rows, dropout and sampled answers."""

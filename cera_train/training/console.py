@@ -266,14 +266,10 @@ def has_short_answers(data: DataConfig) -> bool:
 
 
 def describe_sample(path: Path) -> dict[str, str]:
-    """The first question of samples.jsonl, with its first and its last answer; empty without the
-    file."""
+    """A task's first question in samples.jsonl, with its first and its last answer; empty without
+    one."""
     samples = read_lines(path, Sample) if path.is_file() else []
-    same = [
-        sample
-        for sample in samples
-        if (sample.task, sample.prompt) == (samples[0].task, samples[0].prompt)
-    ]
+    same = [sample for sample in samples if sample.task and sample.prompt == samples[0].prompt]
     if not same:
         return {}
     texts = {

@@ -5,9 +5,7 @@ from evaluated_runs import QUESTIONS, evaluate, read
 from tiny_runs import adapter_bytes, evaluations_of, folder_of, timeless_metrics
 
 from cera_train.common.files import read_json
-from cera_train.evaluation.task_evaluation import SAMPLE_ROOM, evaluation_of_rows
 from cera_train.runs.results import GradedProblem, read_grades
-from cera_train.settings.data import DataConfig
 from cera_train.training.train import train
 
 pytest_plugins = ("evaluated_runs",)
@@ -94,18 +92,3 @@ def test_problems_that_are_trained_on_are_named_in_training_and_in_an_evaluation
     assert f"\nshared     {shared}" in capsys.readouterr().out
     evaluate(eval_config(run=folder_of(config)))  # no answer is missing: nothing is compared
     assert "shared" not in capsys.readouterr().out
-
-
-def test_a_sample_is_a_row_up_to_its_first_answer(tokenizer, write_jsonl):
-    """tests/data has that of every layout and template."""
-    turns = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]
-    file = str(write_jsonl("rows.jsonl", [{"conversations": turns * 2}] * 4))
-    chat = {"layout": "conversations", "turns": "all", "chat": "plain"}
-    rows = DataConfig(train_files=[file], eval_rows=2, **chat)
-    evaluation = evaluation_of_rows(rows, 3, tokenizer, positions=256)
-    prompt = "User: hello\nAssistant:"
-    asked = [(problem.prompt, problem.gold) for problem in evaluation.problems]
-    assert asked == [(prompt, "hi")] * 2
-    room = len(tokenizer(prompt).input_ids) + SAMPLE_ROOM
-    assert evaluation_of_rows(rows, 1, tokenizer, positions=room).requests
-    assert not evaluation_of_rows(rows, 1, tokenizer, positions=room - 1).requests

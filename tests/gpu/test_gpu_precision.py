@@ -42,6 +42,9 @@ def test_a_run_in_every_precision_learns_answers_and_resumes(tiny_config, device
     settings = [
         "model.dtype=bfloat16",
         "train.samples=2",
+        "train.tasks=[held_out]",
+        "train.tasks_limit=2",
+        "train.task_settings={held_out: {max_new_tokens: 8}}",
         "adapter.target_modules=all-linear",
         *settings,
     ]

@@ -57,7 +57,11 @@ FACTORS: dict[str, dict[str, int]] = {
         "train.tasks=[held_out] train.task_settings={held_out:{max_new_tokens:8}}": 1,
         "train.tasks=[logistic_map] train.tasks_every=3 train.tasks_limit=2": 1,
     },
-    "samples": {"": 1, "train.samples=2": 1},
+    "samples": {
+        "": 1,
+        "train.samples=2 train.tasks=[held_out] "
+        "train.task_settings={held_out:{max_new_tokens:8}}": 1,
+    },
     "tracker": {"": 4, "tracker=tensorboard": 1, "tracker=wandb": 1},
     "processes": {
         "": 16,

@@ -9,7 +9,6 @@ from examples import CONVERSATION, texts_of, with_changes
 
 from cera_train.data.prepare import prepare_data, prepare_evaluation, training_questions
 from cera_train.data.sources import drawn_rows, interleaved, rows_of_parts
-from cera_train.evaluation.task_evaluation import evaluation_of_rows
 from cera_train.settings.data import DataConfig, MixPart
 
 pytest_plugins = ["examples"]
@@ -124,11 +123,6 @@ def test_an_epoch_asks_its_share_of_each_part_without_prompts_that_are_too_long(
     questions = training_questions(config, tokenizer)
     assert Counter(question.prompt[0] for question in questions) == {"a": 6, "b": 6}
     assert ("b", ("it " * 99).strip()) in [(each.prompt, each.gold) for each in questions]
-
-
-def test_samples_come_from_all_parts(part, tokenizer):
-    evaluation = evaluation_of_rows(mix(part("a", 9), part("b", 9)), 3, tokenizer, None)
-    assert [problem.prompt for problem in evaluation.problems] == ["a7?", "b7?", "a8?"]
 
 
 def test_a_part_has_its_own_layout_and_templates_or_those_of_data(part, write_jsonl, tokenizer):

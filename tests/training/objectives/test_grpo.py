@@ -299,7 +299,8 @@ def test_evaluations_ask_as_updates_do(grpo, thinking_folder, compose, write_jso
     ]
     rows = f"data.train_files=[{write_jsonl('chats.jsonl', chats)}]"
     settings = ("data.layout=messages", "data.chat=auto", "train.samples=1", "train.max_updates=1")
-    words = (rows, *settings, f"model.path={thinking_folder}")
+    tasks = ("train.tasks=[held_out]", "train.task_settings={held_out: {max_new_tokens: 4}}")
+    words = (rows, *settings, *tasks, f"model.path={thinking_folder}")
     run = train(grpo(*words))["folder"]
     samples = read_lines(Path(run) / SAMPLES, Sample)
     held_out = ("task=held_out", "task.max_new_tokens=4")
