@@ -241,31 +241,18 @@ def training_task(name: str, changes: Mapping[str, Any]) -> AnswerTask:
 # --- problems among the training rows -------------------------------------------------------------
 
 
-START = 4
-"""First words of a question: a text that holds them is searched for the whole question."""
-
-
 def trained_on(problems: Iterable[Problem], data: DataConfig) -> list[str]:
-    """The questions that occur in a text of a training row, ignoring case and spaces."""
+    """The questions that are a whole cell of a training row, ignoring case and spaces."""
     questions = {
         normalized(problem.question): problem.question
         for problem in problems
         if problem.question.strip()
     }
-    by_start: dict[tuple[str, ...], list[str]] = {}
-    for words in questions:
-        by_start.setdefault(tuple(words.split()[:START]), []).append(words)
-    lengths = {len(start) for start in by_start}
-    shared = set()
-    for text in training_texts(data):
-        words = text.split()
-        starts = {tuple(words[at : at + length]) for length in lengths for at in range(len(words))}
-        for start in starts & by_start.keys():
-            shared |= {each for each in by_start[start] if f" {each} " in f" {text} "}
+    shared = questions.keys() & training_cells(data)
     return [question for words, question in questions.items() if words in shared]
 
 
-def training_texts(data: DataConfig) -> Iterator[str]:
+def training_cells(data: DataConfig) -> Iterator[str]:
     """The texts in the cells of all training rows, normalised."""
     for _, part in data.trained_parts():
         source, *_ = open_sources(part)

@@ -124,7 +124,7 @@ def test_held_out_ends_answers_before_the_asked_one_as_training_does(write_jsonl
     assert tokenizer.decode(request.prompt_ids) == f"<s>{asked} {TALK[1]['value']}</s>\n{asked}"
 
 
-def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and_place(
+def test_questions_that_are_cells_of_training_rows_are_found_whatever_their_case_and_spaces(
     task_of, write_jsonl
 ):
     questions = [f"How many apples has {name}?" for name in ("Ann", "Bob", "Cem", "Dan", "Eve")]
@@ -134,8 +134,9 @@ def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and
         {"question": "HOW many\n apples  has bob? ", "answer": "3"},
         {
             "question": "x",
-            "messages": [{"role": "user", "content": "Tell me. How many apples has Cem? Quick."}],
+            "messages": [{"role": "user", "content": "How many apples has Cem?"}],
         },
+        {"question": "Tell me. How many apples has Ann? Quick.", "answer": "3"},
         {"question": "How many apples has Ann?s sister", "answer": "How many apples"},
         {"question": "has Ann?", "answer": None},
         {"question": "How many apples has Dan?", "answer": "held out"},
