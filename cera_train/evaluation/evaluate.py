@@ -22,7 +22,6 @@ from cera_train.common.terminal import (
     print_line,
     time_left,
 )
-from cera_train.data.prepare import prepare_evaluation
 from cera_train.distributed.accelerator import prepare_memory, quiet_libraries, start_accelerator
 from cera_train.distributed.processes import in_processes, is_main_process
 from cera_train.evaluation.engine import (
@@ -59,7 +58,7 @@ from cera_train.runs.evaluation_folder import (
     Problem,
     find_evaluation_result,
 )
-from cera_train.runs.results import describe_rank, environment_of
+from cera_train.runs.results import describe_rank
 from cera_train.runs.subject import Subject, digest_of, find_subject
 from cera_train.settings.distributed import DistributedConfig, ProcessesConfig
 from cera_train.settings.evaluation import EvalConfig
@@ -141,8 +140,6 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
         if is_main:
             folder.write_config(config)
             print_line("evaluate", f"{subject}, on {config.task.name}, {computes}")
-            if takes_rows_of_run(config) and (changed := describe_changed_rows(subject)):
-                print_line("rows", changed)
         accelerator.wait_for_everyone()
         evaluation = replace(evaluation, config=config, subject=subject)
         if isinstance(evaluation.task, AnswerTask):
@@ -156,29 +153,6 @@ def run_evaluation(evaluation: ResolvedEvaluation) -> dict[str, Any]:
             print()
             print_fields(lines | {"folder": str(path)})
         return result.to_json()
-
-
-def takes_rows_of_run(config: EvalConfig) -> bool:
-    """Whether a task measures the rows that the run held out."""
-    task = config.task
-    is_of_others = config.data is not None or task.window is not None
-    return task.kind == "held_out" or (task.kind == "perplexity" and not is_of_others)
-
-
-def describe_changed_rows(subject: Subject) -> str:
-    """A line where the rows which the run held out are others now; empty where they are the same,
-    or where that is not on record."""
-    environment = environment_of(subject.folder)
-    data = subject.data
-    if data is None or data.is_paired or environment.held_out is None:
-        return ""
-    rows = prepare_evaluation(data, load_tokenizer(subject.model))
-    if rows.digest == environment.held_out:
-        return ""
-    return (
-        "those held out now are not those of the training, since a data file, the tokenizer or a "
-        "library has changed: the run may have trained on some of them"
-    )
 
 
 # --- accuracy -------------------------------------------------------------------------------------

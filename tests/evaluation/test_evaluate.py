@@ -279,28 +279,6 @@ def test_float32_weights_beside_a_16_bit_base_are_read_in_float32(tiny_config, c
     assert result["perplexity"] == run["eval/perplexity"]
 
 
-def test_rows_that_were_added_after_the_training_are_named(
-    tiny_config, compose, write_jsonl, capsys
-):
-    rows = [{"question": f"{number}?", "answer": f"{number}"} for number in range(40)]
-    file = write_jsonl("rows.jsonl", rows[:30])
-    settings = ("data=jsonl", f"data.train_files=[{file}]", "train.max_updates=1")
-    run = train(tiny_config(*settings))["folder"]
-
-    def printed(*words: str) -> str:
-        capsys.readouterr()
-        evaluate(compose(f"run={run}", "task.limit=1", *words, command="eval"))
-        return capsys.readouterr().out
-
-    changed = "\nrows       those held out now are not those of the training"
-    assert changed not in printed("task=perplexity")
-    write_jsonl("rows.jsonl", rows)
-    assert changed in printed("task=perplexity", "name=later")
-    assert changed in printed("task=held_out", "task.max_new_tokens=1")
-    other = ("data=jsonl", f"data.train_files=[{file}]", "data.max_length=256")
-    assert changed not in printed("task=perplexity", "name=others", *other)
-
-
 def test_forgetting_is_the_perplexity_of_every_window(eval_config, run, tokenizer, tmp_path):
     """Against the model's own loss, window by window, with the adapter and without."""
     text = "the next value is hello there " * 20
