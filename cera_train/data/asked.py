@@ -47,6 +47,6 @@ def row_of_turns(turns: Sequence[str], data: DataConfig) -> Row:
     require(
         len(columns) == 1,
         f"data.prompt={data.prompt!r} of this run has {len(columns)} columns, and a text fills "
-        "one: write prompts=FILE.jsonl with these columns.",
+        "one: write rows with these columns for cera-eval task=jsonl.",
     )
     return {columns[0]: PROMPT.format(question=turns[-1]) if data.is_computed else turns[-1]}

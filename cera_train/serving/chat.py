@@ -1,58 +1,41 @@
-"""Asks a model one question, a file of them, or those of a conversation in the terminal. A question
-becomes the token ids that the model was trained to answer: a training row without its last answer.
-Answers are streamed."""
+"""Asks a model one question, or those of a conversation in the terminal. A question becomes the
+token ids that the model was trained to answer: a training row without its last answer. Answers are
+streamed."""
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from transformers import TextStreamer
 
-from cera_train.common.errors import UserError, errors_at
+from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean
 from cera_train.data.asked import choose_rows, row_of_turns
 from cera_train.data.messages import TURNS
 from cera_train.data.reader import Reader
-from cera_train.data.rows import Row, from_files, suffix_of
+from cera_train.data.rows import Row
 from cera_train.distributed.accelerator import quiet_libraries, this_device
 from cera_train.evaluation.engine import choose_dtype, load_subject, open_server
 from cera_train.evaluation.requests import Request, check_positions
 from cera_train.runs.subject import Subject, find_subject
-from cera_train.settings.data import DataConfig
 from cera_train.settings.serving import ChatConfig
 
 NEW = "/new"
 
 
 def ask(config: ChatConfig) -> None:
-    """Answers the questions of a config: `prompt`, `prompts`, those of stdin, or a person's in a
-    terminal. Raises UserError for a model, a file or a question that cannot be used."""
+    """Answers a config's question, that of stdin, or a person's in a terminal. Raises UserError for
+    a model or a question that cannot be used."""
     quiet_libraries()
     answerer = Answerer(config, find_subject(config))
-    if config.prompts is not None:
-        answer_file(answerer, config.prompts)
-    elif config.prompt is not None or not sys.stdin.isatty():
+    if config.prompt is not None or not sys.stdin.isatty():
         question = config.prompt or sys.stdin.read().strip()
         require(bool(question), "stdin is empty: write a question to it, or set prompt=....")
         answerer.answer(answerer.row([question]))
     else:
         converse(answerer)
-
-
-# --- how a question is written --------------------------------------------------------------------
-
-
-def read_prompts(file: str, data: DataConfig) -> Iterator[tuple[str, Row]]:
-    """The questions of a file, each after its place: rows of a data set, or lines of text."""
-    for place, row in from_files([file], "prompts", whole_text=True):
-        if suffix_of(file) != ".txt":
-            yield place, row
-            continue
-        for number, line in enumerate(row["text"].split("\n"), start=1):
-            if question := line.strip():
-                yield f"{file}:{number}", row_of_turns([question], data)
 
 
 # --- a model that answers -------------------------------------------------------------------------
@@ -109,17 +92,6 @@ class CleanStreamer(TextStreamer):
 
 
 # --- questions ------------------------------------------------------------------------------------
-
-
-def answer_file(answerer: Answerer, file: str) -> None:
-    """Every question of a file, each after its place."""
-    place = None
-    for place, row in read_prompts(file, answerer.reader.config):
-        print(f"--- {place}", flush=True)
-        with errors_at(place):
-            answerer.answer(row)
-    if place is None:
-        raise UserError(f"prompts={file} has no questions: write one on each line.")
 
 
 def converse(answerer: Answerer) -> None:

@@ -16,9 +16,6 @@ from cera_train.settings.values import NamedValues
 class ChatConfig(SubjectConfig):
     prompt: str | None = setting(None, "answers")
     """One question. null: read stdin, or hold a conversation in a terminal."""
-    prompts: str | None = setting(None, "answers")
-    """A file of questions: one a line, or rows with the columns of the template (jsonl, json,
-    parquet)."""
     template_settings: NamedValues = setting(None, "answers")
     """Values of the chat template's own variables, such as {enable_thinking: false}; they win over
     those that the run was trained with."""

@@ -10,7 +10,7 @@ from evaluated_runs import chat, evaluate, read
 from cera_train.common.errors import UserError
 from cera_train.data.asked import choose_rows, row_of_turns
 from cera_train.data.reader import Reader
-from cera_train.serving.chat import converse, read_prompts
+from cera_train.serving.chat import converse
 from cera_train.settings.data import DataConfig, MixPart
 
 pytest_plugins = ["evaluated_runs"]
@@ -52,18 +52,15 @@ def test_a_prompt_is_the_trained_row_up_to_its_last_answer(data, turns, trained_
     assert reader.prompt(trained_row) == ids
 
 
-def test_an_answer_is_the_one_that_an_evaluation_gives(run, eval_config, write_jsonl, capsys):
+def test_an_answer_is_the_one_that_an_evaluation_gives(run, eval_config, capsys):
     evaluate(eval_config("task.limit=2"))
     folder = run / "eval" / "gsm8k"
-    prompts = {line["id"]: line["prompt"] for line in read(folder / "problems.jsonl")}
+    questions = {line["id"]: line["question"] for line in read(folder / "problems.jsonl")}
     answers = {line["problem"]: line["text"] for line in read(folder / "generations.jsonl")}
-    for problem, prompt in prompts.items():
+    for problem, question in questions.items():
         capsys.readouterr()
-        asked = write_jsonl("asked.jsonl", [{"prompt": prompt}])  # the column of the run
-        chat(run, f"prompts={asked}", "max_new_tokens=8")
-        header, _, printed = capsys.readouterr().out.partition("\n")
-        assert header == f"--- {asked}:1"
-        assert printed.strip() == answers[problem].strip()
+        chat(run, f"prompt={question}", "max_new_tokens=8")
+        assert capsys.readouterr().out.strip() == answers[problem].strip()
 
 
 def test_stdin_is_a_question_and_a_seed_an_answer(run, capsys, monkeypatch):
@@ -78,16 +75,6 @@ def test_stdin_is_a_question_and_a_seed_an_answer(run, capsys, monkeypatch):
     assert first == again != other
     monkeypatch.setattr(sys, "stdin", io.StringIO("How many?\n"))
     assert answer() == answer("prompt=How many?") != ""
-
-
-def test_a_file_has_a_question_on_each_line_or_row(tmp_path, write_jsonl):
-    lines = tmp_path / "questions.txt"
-    lines.write_text(f"{ONE}\n\n{TWO}\n", encoding="utf-8-sig")
-    rows = write_jsonl("rows.jsonl", [{"question": ONE}, {"question": TWO}])
-    by_line, by_row = (list(read_prompts(str(file), DataConfig(**TEXT))) for file in (lines, rows))
-    assert [place for place, _ in by_line] == [f"{lines}:1", f"{lines}:3"]
-    assert [place for place, _ in by_row] == [f"{rows}:1", f"{rows}:2"]
-    assert [row for _, row in by_line] == [row for _, row in by_row]
 
 
 def test_a_question_is_written_as_the_run_reads_or_as_the_template_asks(tokenizer):
