@@ -16,7 +16,7 @@ from cera_train.evaluation.tasks.task import (
     question_id,
 )
 from cera_train.runs.evaluation_folder import COLLAPSED, Generation, Grade, Problem
-from cera_train.settings.data import DataConfig, Layout, as_list
+from cera_train.settings.data import DataConfig, Layout
 
 # starting points for a model that was not trained on this task: those of
 # conf/data/logistic_map.yaml
@@ -38,7 +38,6 @@ class LogisticMap(AnswerTask):
             row = logistic_map_row(x0, growth, settings)
             question = row["prompt"]
             details = {"growth": growth, "decimals": settings.decimals}
-            details["trained"] = growth in as_list(settings.growth) if parts else None
             [asked] = reader.questions("", row)
             details |= fields_of_prompt(asked)
             gold = row["completion"].strip()
@@ -65,24 +64,18 @@ class LogisticMap(AnswerTask):
         )
 
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
-        by_growth = {}
-        for growth, trained in dict.fromkeys(
-            (each.details["growth"], each.details["trained"]) for each in problems
-        ):
-            ids = {problem.id for problem in problems if problem.details["growth"] == growth}
-            same = [grade for grade in grades if grade.problem in ids]
-            by_growth[f"{growth:g}"] = {"trained": trained} | step_scores(same)
-        return step_scores(grades) | {"by_growth": by_growth}
+        """The accuracy of each step and of all, and the share of collapsed answers."""
+        accuracy = [
+            mean(step) for step in zip(*(grade.details["matches"] for grade in grades), strict=True)
+        ]
+        return {
+            "step_accuracy": accuracy,
+            "step_accuracy/mean": mean(accuracy),
+            "state_collapse": mean([grade.details["collapsed"] for grade in grades]),
+        }
 
     def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
-        lines = {"by step": "  ".join(f"{share:.0%}" for share in result["step_accuracy"])}
-        for growth, scores in result["by_growth"].items():
-            text = f"steps right {scores['step_accuracy/mean']:.1%}"
-            text += f", state collapse {scores['state_collapse']:.1%}"
-            if scores["trained"] is False:
-                text += ", not trained on"
-            lines[f"r = {growth}"] = text
-        return lines
+        return {"by step": "  ".join(f"{share:.0%}" for share in result["step_accuracy"])}
 
 
 TASK = LogisticMap(is_verified=False)
@@ -108,15 +101,3 @@ def is_collapsed(answer: Sequence[str], truth: Sequence[str]) -> bool:
     moves."""
     repeated = len(list(itertools.takewhile(lambda value: value == answer[-1], reversed(answer))))
     return repeated > 1 and len(set(truth[len(answer) - repeated : len(answer)])) > 1
-
-
-def step_scores(grades: Sequence[Grade]) -> dict[str, Any]:
-    """The accuracy of each step and of all, and the share of collapsed answers."""
-    accuracy = [
-        mean(step) for step in zip(*(grade.details["matches"] for grade in grades), strict=True)
-    ]
-    return {
-        "step_accuracy": accuracy,
-        "step_accuracy/mean": mean(accuracy),
-        "state_collapse": mean([grade.details["collapsed"] for grade in grades]),
-    }
