@@ -23,7 +23,6 @@ from cera_train.distributed.processes import processors
 from cera_train.evaluation.tasks import math as math_task
 from cera_train.evaluation.tasks.task import AnswerTask
 from cera_train.runs.evaluation_folder import (
-    LOOP,
     RIGHT,
     TRUNCATED,
     WRONG,
@@ -35,9 +34,6 @@ from cera_train.runs.evaluation_folder import (
 SECONDS = 5.0  # an answer's time limit
 MEMORY_LIMIT = 2**30
 """Bytes beyond a process's imports, ten times what math-verify needs for honest answers."""
-LOOP_TIMES = 3
-LOOP_CHARACTERS = 50
-LONGEST_SEGMENT = 1_000
 PERCENT = re.compile(r"%[\s$.]*$")
 BASE = re.compile(r"-?[\dA-Z]+_\{?(\d+)\}?$")  # 11_8, which math-verify takes for 11
 
@@ -53,7 +49,7 @@ def grade_all(
     if task.is_verified:
         grades = verify_grades(by_id, answers, grades)
     return [
-        grade.replace(ending=ending_of(by_id[answer.problem], answer, grade))
+        grade.replace(ending=ending_of(answer, grade))
         for answer, grade in zip(answers, grades, strict=True)
     ]
 
@@ -76,29 +72,14 @@ def verify_grades(
     return verified
 
 
-def ending_of(problem: Problem, answer: Generation, grade: Grade) -> str:
+def ending_of(answer: Generation, grade: Grade) -> str:
     """The first that applies: right; the task's (collapsed: a state stands still where the truth
-    moves); loop (the text repeats itself, and the gold answer does not); truncated (by
-    max_new_tokens); wrong."""
+    moves); truncated (by max_new_tokens); wrong."""
     if grade.is_right:
         return RIGHT
     if grade.ending is not None:
         return grade.ending
-    if is_loop(answer.text) and not is_loop(problem.gold):
-        return LOOP
     return TRUNCATED if answer.truncated else WRONG
-
-
-def is_loop(text: str) -> bool:
-    """Whether a text ends in a segment that repeats at least 3 times, the first or last perhaps in
-    part, over at least 50 characters: repetition at the end, as Holtzman et al. 2020 (arXiv
-    1904.09751) count it in tokens."""
-    for length in range(1, min(len(text) // LOOP_TIMES, LONGEST_SEGMENT) + 1):
-        start = len(text) - max(LOOP_TIMES * length, LOOP_CHARACTERS)
-        # The tail repeats with this period where it equals itself moved by one segment.
-        if start >= 0 and text.startswith(text[start + length :], start):
-            return True
-    return False
 
 
 # --- math-verify ----------------------------------------------------------------------------------

@@ -84,10 +84,9 @@ class Grade(Record, extra="allow"):
         return float(self.is_right) if self.score is None else self.score
 
 
-ENDINGS = RIGHT, WRONG, LOOP, TRUNCATED, COLLAPSED = (
+ENDINGS = RIGHT, WRONG, TRUNCATED, COLLAPSED = (
     "right",
     "wrong",
-    "loop",
     "truncated",
     "collapsed",
 )
@@ -108,7 +107,7 @@ class AccuracyResult(Record, extra="allow"):
     kind: str | None = None  # the kind of task, such as gsm8k
     problems: int | None = None
     samples: int | None = None  # answers to each problem
-    truncated: int | None = None  # answers cut by max_new_tokens, including loops
+    truncated: int | None = None  # answers cut by max_new_tokens
     no_answer: int | None = None
     grader_failures: int | None = None
     tokens: int | None = None  # tokens generated
@@ -126,10 +125,13 @@ class AccuracyResult(Record, extra="allow"):
         return accuracies
 
     @property
-    def endings(self) -> dict[str, float]:
-        """The share of the answers that ended in each way; empty if one is not on record."""
-        shares = {name: self.figure(f"ending/{name}") for name in ENDINGS}
-        return {} if None in shares.values() else shares
+    def endings(self) -> dict[str, float | None]:
+        """The recorded share of the answers that ended in each way: 0.2.0 also had loops."""
+        return {
+            key.removeprefix("ending/"): self.figure(key)
+            for key in self.details
+            if key.startswith("ending/")
+        }
 
     def figure(self, name: str) -> float | None:
         """A number by its key, such as one that the task adds."""

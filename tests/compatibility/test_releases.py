@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_runs import losses_of
 from torch.testing import assert_close
 
+from cera_train.runs.evaluation_folder import find_evaluation_result
 from cera_train.runs.records import load_config
 from cera_train.settings.evaluation import EvalConfig, GenerationConfig
 
@@ -68,9 +69,11 @@ def test_a_run_answers_and_predicts_as_it_did(release, run_command):
     assert now["perplexity"] == pytest.approx(before["perplexity"], rel=1e-5)
 
 
-def test_settings_of_an_evaluation_are_read(release):
-    config = load_config(Path("outputs/cera/eval/held_out/config.yaml"), EvalConfig)
-    assert config.generation == GenerationConfig()
+def test_an_evaluation_is_read(release):
+    folder = Path("outputs/cera/eval/held_out")
+    assert load_config(folder / "config.yaml", EvalConfig).generation == GenerationConfig()
+    endings = {"right": 0, "wrong": 0, "loop": 0, "truncated": 1, "collapsed": 0}
+    assert find_evaluation_result(folder).endings == endings
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def leave_run(folder: Path, loss: float, seed: int, scores: float | None = None)
     if scores is not None:
         right = [float(draw.random() < scores) for _ in range(80)]
         problems = [
-            GradedProblem(f"p{n}", score, "right" if score else "loop")
+            GradedProblem(f"p{n}", score, "right" if score else "wrong")
             for n, score in enumerate(right)
         ]
         (folder / "grades").mkdir(exist_ok=True)
