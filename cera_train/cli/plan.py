@@ -102,9 +102,7 @@ def print_power(
             beyond both; with bases, the first is between bases, and counts alone.
     """
     config = study.config
-    primary = study.planned_contrasts(is_primary=True)
-    contrasts = primary or study.planned_contrasts(is_primary=False)
-    kind = "primary contrast" if primary else "contrast"
+    contrasts = study.planned_contrasts
     units = len(study.bases if config.bases else study.cells[0].compared_runs)
     noun = "base" if config.bases else "seed"
     for outcome in config.outcomes:
@@ -122,7 +120,7 @@ def print_power(
             "detects",
             f"{outcome}: a difference of {smallest:.2g} with probability {POWER}: "
             f"{counted(units, noun)}, {problems:,} {what}, Holm's first step over "
-            f"{counted(contrasts, kind)}",
+            f"{counted(contrasts, 'contrast')}",
         )
         if outcome == config.first_outcome:
             verb = "is" if smallest <= config.matters else "is not"

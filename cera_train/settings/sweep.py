@@ -37,9 +37,6 @@ class StudyConfig(Settings):
     """Further comparisons, or the direction of one: its question, and two arms; the difference is
     the second minus the first. Two pairs of arms, [[a, b], [c, d]], are compared in their
     differences: (d - c) - (b - a)."""
-    primary: list[str] = setting(list, "nothing")
-    """Comparisons whose verdicts come first, by their questions: a name in `contrasts`, or such as
-    `cera or lora`. The others are tested once all of these are shown. Empty: all alike."""
     bases: dict[ArmName, list[str]] = setting(dict, "nothing")
     """Models, teachers or data that every arm runs on: names, each with its overrides. Then the
     interval is Student's over bases. Empty: one base."""
@@ -83,12 +80,6 @@ class StudyConfig(Settings):
                 is_difference,
                 f"study.contrasts.{question}={sides}: expected two arms of {names}, or two pairs "
                 "of them.",
-            )
-        questions = [question for question, *_ in self.comparisons]
-        for question in self.primary:
-            require(
-                question in questions,
-                f"study.primary: {question} is no comparison: choose from {', '.join(questions)}.",
             )
         require(
             self.tune_seeds is None or self.tune_seeds < self.seeds,

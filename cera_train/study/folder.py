@@ -108,18 +108,12 @@ class Study:
             if {*itertools.chain(*arms)} <= cells.keys()
         ]
 
-    def is_primary(self, asked: str) -> bool:
-        """Whether a comparison is tested before the others."""
-        return asked in self.config.primary
-
-    def planned_contrasts(self, is_primary: bool) -> int:
-        """The number of primary, or of other, verdicts that the study's file plans, over which
-        Holm's method corrects. Otherwise dropping arms could flip a verdict."""
-        questions = [question for question, *_ in self.config.comparisons]
-        planned = sum(self.is_primary(question) == is_primary for question in questions)
-        planned *= math.prod(map(len, self.config.conditions.values()))
-        found = sum(self.is_primary(each.asked) == is_primary for each in self.comparisons())
-        return max(found, planned)
+    @property
+    def planned_contrasts(self) -> int:
+        """The number of verdicts that the study's file plans, over which Holm's method corrects.
+        Otherwise dropping arms could flip a verdict."""
+        conditions = math.prod(map(len, self.config.conditions.values()))
+        return max(len(self.comparisons()), conditions * len(self.config.comparisons))
 
     def missing(self) -> list[str]:
         """The folders of runs that have not ended."""

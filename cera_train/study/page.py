@@ -54,13 +54,8 @@ def write_studies(studies: Sequence[Study], output: Path) -> Page:
     )
     announce("comparing", counted(sum(len(study.cells) for study in studies), "cell"))
     contrasts = dict(zip(names, contrasts_of(*studies), strict=True))
-    primary, others = (
-        sum(study.planned_contrasts(is_primary) for study in studies)
-        for is_primary in (True, False)
-    )
-    corrected = counted(primary + others, "planned contrast")
-    if primary:
-        corrected = f"{counted(primary, 'primary contrast')}, then over {others:,} others"
+    planned = sum(study.planned_contrasts for study in studies)
+    corrected = counted(planned, "planned contrast")
     tables = []
     groups = []
     commands = {}
@@ -77,8 +72,7 @@ def write_studies(studies: Sequence[Study], output: Path) -> Page:
             "command": commands[name],
             "config": dataclasses.asdict(study.config),
             "family": names,
-            "planned_contrasts": primary + others,
-            "planned_primary": primary,
+            "planned_contrasts": planned,
             "contrasts": list(map(dataclasses.asdict, contrasts[name])),
             "cells": list(map(_cell_json, study.cells)),
             **_environments(study),
@@ -169,27 +163,24 @@ def verdict_table(
         too_small = ""
         if outcome == study.config.first_outcome and not contrast.obstacles:
             too_small = "yes" if contrast.is_within(contrast.matters) else "no"
-        rank = "primary" if contrast.is_primary else ""
         row = {
             "contrast": f"{contrast.second} - {contrast.first}",
-            "of": ", ".join(filter(None, [brief(contrast.condition), outcome, rank])),
+            "of": ", ".join(filter(None, [brief(contrast.condition), outcome])),
             "verdict": "no verdict" if contrast.obstacles else contrast.verdict,
             "reason": "; ".join(contrast.obstacles),
             "difference": contrast.difference_text,
             "95 % interval": contrast.interval_text,
-            "detects": detects(contrast),
+            "detects": number(contrast.detectable, contrast.is_loss),
             "p after Holm": "" if contrast.p_holm is None else f"{contrast.p_holm:.2g}",
             "too small": too_small,
         }
         rows.append(row)
-    replicates = "bases" if study.config.bases else "seeds"
     drawn = "bases" if study.config.bases else "seeds and problems"
     return Table(
         title,
         rows,
         "Differences of a loss are in nats a token, of a score in points; the verdict is on the "
-        "first-named arm or difference. Detects: the difference that is shown with power 80 %, by "
-        f"the variance between {replicates} as estimated and at both ends of its 95 % interval. "
+        "first-named arm or difference. Detects: the difference that is shown with power 80 %. "
         "No verdict: the best value is at an end of its grid (add values beyond it, by "
         "study.extend=true), was alone, or was chosen by another outcome; or a "
         "judging run diverged (let more seeds choose, by study.tune_seeds, under another name). "
@@ -197,16 +188,6 @@ def verdict_table(
         f"Too small: the interval lies within ±{study.config.matters:g}, and within a tenth of the "
         "first side's loss.",
     )
-
-
-def detects(contrast: OutcomeContrast) -> str:
-    """What a contrast detects, such as `0.0111 (0.0074 to 0.0263)`; empty where nothing can be
-    shown."""
-    least, lower, upper = (
-        number(difference, contrast.is_loss)
-        for difference in (contrast.detectable, *contrast.detectable_range)
-    )
-    return least and f"{least} ({lower} to {upper})"
 
 
 def cell_table(study: Study, title: str) -> Table:

@@ -11,7 +11,7 @@ from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import ComparedRun
 from cera_train.study.folder import Comparison, Study, name_of
 from cera_train.verdicts.contrast import Contrast, Verdict, contrast, contrast_over_bases
-from cera_train.verdicts.power import detectable, detectable_range
+from cera_train.verdicts.power import detectable
 from cera_train.verdicts.verdict import JudgedContrast, holm
 
 SHARE = 0.1
@@ -46,9 +46,6 @@ class OutcomeContrast(JudgedContrast):
     asked: str
     condition: str
     by_base: dict[str, list[float]]  # with bases: the difference of each seed
-    is_primary: bool = False  # tested before the others
-    detectable_range: list[float] | None = None
-    """`detectable` at both ends of the 95 % interval of the variance between seeds or bases."""
     matters: float | None = None  # the smallest difference that does; None but in the first outcome
 
     @property
@@ -58,8 +55,8 @@ class OutcomeContrast(JudgedContrast):
 
 def contrasts_of(*studies: Study) -> list[list[OutcomeContrast]]:
     """Every contrast of each study in every outcome, in the first one before the others. Holm's
-    method corrects over the primary contrasts of all studies, then over the other ones. Raises
-    UserError where runs cannot be compared."""
+    method corrects over the contrasts of all studies. Raises UserError where runs cannot be
+    compared."""
     estimates: list[tuple[Study, Comparison, str, Contrast]] = []
     for study in studies:
         check_runs(study)
@@ -71,24 +68,15 @@ def contrasts_of(*studies: Study) -> list[list[OutcomeContrast]]:
         )
         for outcome, comparison in itertools.product(study.config.outcomes, comparisons):
             estimates.append((study, comparison, outcome, _estimate(study, comparison, outcome)))
-    planned: dict[bool, int] = {}
-    adjusted: dict[int, float] = {}
-    for is_primary in (True, False):
-        p_values = {
-            number: estimate.p_value
-            for number, (study, comparison, outcome, estimate) in enumerate(estimates)
-            if outcome == study.config.first_outcome
-            and study.is_primary(comparison.asked) == is_primary
-        }
-        count = sum(study.planned_contrasts(is_primary) for study in studies)
-        # A primary contrast that did not run opens no way to the others.
-        is_missing = not is_primary and planned[True] > len(adjusted)
-        gate = 1.0 if is_missing else max(adjusted.values(), default=0.0)
-        adjusted |= zip(p_values, holm([*p_values.values()], count, gate), strict=True)
-        planned[is_primary] = count
+    tests = sum(study.planned_contrasts for study in studies)
+    p_values = {
+        number: estimate.p_value
+        for number, (study, _, outcome, estimate) in enumerate(estimates)
+        if outcome == study.config.first_outcome
+    }
+    adjusted = dict(zip(p_values, holm([*p_values.values()], tests), strict=True))
     contrasts: dict[Study, list[OutcomeContrast]] = {study: [] for study in studies}
     for number, (study, comparison, outcome, estimate) in enumerate(estimates):
-        tests = planned[study.is_primary(comparison.asked)]
         p_holm = adjusted.get(number)
         contrast = _with_verdict(study, comparison, outcome, estimate, p_holm, tests)
         contrasts[study].append(contrast)
@@ -141,8 +129,7 @@ def _with_verdict(
     verdict: Verdict = "not shown"
     if not obstacles:
         verdict = estimate.verdict_at(p_holm, higher_is_better=outcome != LOSS)
-    design = (estimate.variances, estimate.seeds, estimate.problems, tests)
-    lower, upper = detectable_range(*design)
+    least = detectable(estimate.variances, estimate.seeds, estimate.problems, tests)
     by_base = comparison.by_base(outcome) if study.config.bases else {}
     return OutcomeContrast(
         **vars(estimate),
@@ -156,8 +143,6 @@ def _with_verdict(
         p_holm=p_holm,
         verdict=verdict,
         obstacles=obstacles,
-        detectable=detectable(*design) + estimate.between,
-        detectable_range=[lower + estimate.between, upper + estimate.between],
-        is_primary=study.is_primary(comparison.asked),
+        detectable=least + estimate.between,
         matters=what_matters(study, comparison) if outcome == study.config.first_outcome else None,
     )

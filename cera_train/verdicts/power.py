@@ -1,7 +1,6 @@
 """The smallest true difference that gets its verdict."""
 
 import math
-from dataclasses import replace
 
 import numpy
 from scipy.optimize import brentq
@@ -33,25 +32,6 @@ def detectable(variances: Variances | None, seeds: int, problems: int, contrasts
     while excess(upper) < 0:
         upper *= 2
     return float(brentq(excess, 0, upper, xtol=1e-12 * scale))
-
-
-def detectable_range(
-    variances: Variances | None, seeds: int, problems: int, contrasts: int = 1
-) -> tuple[float, float]:
-    """`detectable` at both ends of the 95 % interval of the variance between seeds, which few seeds
-    hardly know: (seeds - 1) s^2 / sigma^2 is chi-square."""
-    if variances is None or min(seeds, problems) < 2:
-        return math.inf, math.inf
-    residual = variances.residual / problems
-    degrees = seeds - 1
-    lower, upper = (
-        detectable(replace(variances, seed=max(0.0, seed)), seeds, problems, contrasts)
-        for seed in (
-            (variances.seed + residual) * degrees / chdtri(degrees, tail) - residual
-            for tail in (ERROR_RATE / 2, 1 - ERROR_RATE / 2)
-        )
-    )
-    return lower, upper
 
 
 def power_of(

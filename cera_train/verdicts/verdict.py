@@ -7,19 +7,16 @@ from dataclasses import dataclass
 from cera_train.verdicts.contrast import Contrast, Verdict
 
 
-def holm(p_values: Sequence[float], planned: int = 0, at_least: float = 0.0) -> list[float]:
+def holm(p_values: Sequence[float], planned: int = 0) -> list[float]:
     """P-values adjusted for their number, in the order given (Holm 1979). Where one is at most
     0.05, the chance of any error among all verdicts stays at most 5 %, however the comparisons
     depend on each other.
 
     Args:
         planned: the number of planned tests where that is larger, as if the others had p = 1.
-        at_least: the largest adjusted p-value of tests that come first: no later one is below.
-            Both families together keep the level: serial gatekeeping (Westfall & Krishen 2001, J.
-            Statistical Planning and Inference 99).
     """
     adjusted = [0.0] * len(p_values)
-    largest = at_least
+    largest = 0.0
     tests = max(planned, len(p_values))
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
         largest = max(largest, min(1.0, (tests - rank) * p_values[index]))

@@ -21,7 +21,7 @@ from benchmarks.verdicts import (
 from cera_train.common.files import read_json
 from cera_train.verdicts.contrast import Contrast, Spread, Variances, contrast
 from cera_train.verdicts.interval import sign_flip
-from cera_train.verdicts.power import detectable, detectable_range
+from cera_train.verdicts.power import detectable
 from cera_train.verdicts.tuning import chords_could_gain, could_gain
 from cera_train.verdicts.verdict import holm
 
@@ -131,20 +131,6 @@ def test_a_detectable_difference_is_found_by_80_percent(comparisons):
         differences, tests = p_values(design, STUDIES)
         is_found = (differences > 0) & (tests <= 0.05 / comparisons)
         assert is_found.mean() == pytest.approx(0.8, abs=0.035)
-
-
-def test_what_few_bases_detect_is_as_uncertain_as_their_standard_deviation():
-    """By the chi-square interval of five values, 0.60 to 2.87 times their standard deviation."""
-    variances = Variances(1, 0, 0)
-    least = detectable(variances, 5, 200)
-    assert detectable_range(variances, 5, 200) == pytest.approx(
-        (0.5991 * least, 2.8736 * least), 1e-3
-    )
-    # What seeds change but noise is all that few seeds do not know.
-    of_problems = Variances(0, 1, 0)
-    assert detectable_range(of_problems, 5, 200) == pytest.approx(
-        (detectable(of_problems, 5, 200),) * 2
-    )
 
 
 @pytest.mark.parametrize("axis", [0, 1], ids=["seeds", "problems"])
