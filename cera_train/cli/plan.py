@@ -1,30 +1,21 @@
-"""`cera-plan`: what a run would need, or with -m the runs of a sweep or a study; and what the study
-can detect."""
+"""`cera-plan`: what a run would need, or with -m the runs of a sweep or a study."""
 
 import functools
-import itertools
-from collections.abc import Mapping, Sequence
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from cera_train.cli.config import announce_imports, register_plugins, start_hydra, to_config
-from cera_train.common.settings import require
 from cera_train.common.terminal import counted, print_line
 from cera_train.planning.plan import RunPlan, make_plan
 from cera_train.planning.table import name_jobs, print_plan, print_plans
 from cera_train.settings.run import PlanRun
-from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell
 from cera_train.study.design import StudySweeper, check_cells, study_record
 from cera_train.study.folder import Study
-from cera_train.verdicts.contrast import Variances
-from cera_train.verdicts.power import POWER, detectable
 
 PLAN = "cera-plan"
-
-SPREAD = "to the square roots of `variances` in study_results.json of a pilot or a similar study"
 
 EDGES = "the best is at an edge, which allows no verdict: name more, or set study.extend=true"
 
@@ -55,15 +46,9 @@ class PlannedStudy(StudySweeper):
     check = staticmethod(functools.partial(to_config, schema=PlanRun))
 
     def sweep(self, arguments: list[str]) -> None:
-        """Prints the plan of every cell, their sum, and what the study detects."""
+        """Prints the plan of every cell, and their sum."""
         announce_imports()
         study = Study(self.folder, study_record(self.config))
-        spread = OmegaConf.to_object(self.config.plan).spread or {}
-        others = ", ".join(spread.keys() - {*study.config.outcomes})
-        names = ", ".join(study.config.outcomes)
-        require(
-            not others, f"plan.spread: {others} is no outcome of this study: choose from {names}."
-        )
         print_line("study", study.config.question)
         check_cells(self.config, study, self.compose)
         for key, values in study.config.tune.items():
@@ -75,8 +60,6 @@ class PlannedStudy(StudySweeper):
             for base in study.bases:
                 planned[cell.name] += self._plans_of(cell, base)
         print_plans("cell", planned)
-        print()
-        print_power(study, [*itertools.chain.from_iterable(planned.values())], spread)
 
     def _plans_of(self, cell: Cell, base: str | None) -> list[RunPlan]:
         """The plan of every run of a cell on a base."""
@@ -88,40 +71,3 @@ class PlannedStudy(StudySweeper):
         plans.sort(key=lambda plan: plan.seconds)
         # Which values will be chosen is unknown: count the most expensive ones.
         return plans * len(tuning) + plans[-1:] * len(fresh)
-
-
-def print_power(
-    study: Study, plans: Sequence[RunPlan], spread: Mapping[str, Sequence[float]]
-) -> None:
-    """The smallest difference that a study detects in each outcome, beside the smallest one that
-    matters.
-
-    Args:
-        plans: of all runs.
-        spread: outcome -> standard deviations of a difference between seeds, between problems, and
-            beyond both; with bases, the first is between bases, and counts alone.
-    """
-    config = study.config
-    contrasts = study.planned_contrasts
-    units = len(study.bases if config.bases else study.cells[0].compared_runs)
-    noun = "base" if config.bases else "seed"
-    for outcome in config.outcomes:
-        if outcome not in spread:
-            print_line("detects", f"{outcome}: set plan.spread={{{outcome}: [...]}} {SPREAD}")
-            continue
-        what = "rows" if outcome == LOSS else "problems"
-        sizes = [{LOSS: plan.data.eval_rows} | plan.problems for plan in plans]
-        problems = min(size[outcome] for size in sizes)
-        variances = Variances(*(deviation**2 for deviation in spread[outcome]))
-        if config.bases:
-            variances = Variances(variances.seed, 0.0, 0.0)
-        smallest = detectable(variances, units, problems, contrasts)
-        print_line(
-            "detects",
-            f"{outcome}: a difference of {smallest:.2g} with probability {POWER}: "
-            f"{counted(units, noun)}, {problems:,} {what}, Holm's first step over "
-            f"{counted(contrasts, 'contrast')}",
-        )
-        if outcome == config.first_outcome:
-            verb = "is" if smallest <= config.matters else "is not"
-            print_line("", f"study.matters={config.matters:g} {verb} detected")

@@ -1,6 +1,6 @@
-"""How many rows and tokens a run trains on, and how many problems its tasks have: of files and
-computed rows by the run's own reader, whose tokens the run then finds in the cache; of data sets on
-the Hub, which a plan does not download, by data.facts or plan.tokens_per_row."""
+"""How many rows and tokens a run trains on: of files and computed rows by the run's own reader,
+whose tokens the run then finds in the cache; of data sets on the Hub, which a plan does not
+download, by data.facts or plan.tokens_per_row."""
 
 from dataclasses import dataclass, replace
 from statistics import pstdev
@@ -133,25 +133,16 @@ def _sliced(split: str, splits: dict[str, int], limit: int | None) -> int:
     return count if limit is None else min(count, limit)
 
 
-def count_problems(
-    config: PlanRun, read: tuple[PlanRun, Data] | None, positions: int | None
-) -> dict[str, int]:
-    """The number of problems of each of `train.tasks`: where the rows and all problems are of this
-    machine, as the run builds them, with its errors; else the limit.
+def check_tasks(config: PlanRun, read: tuple[PlanRun, Data] | None, positions: int | None) -> None:
+    """Raises UserError where the run would refuse its tasks; of rows or problems on the
+    Hub, only for the settings of a task.
 
     Args:
         read: by `read_rows`.
         positions: of the model; None: without a limit.
     """
-    tasks = {
-        name: training_task(name, config.train.changes_of_task(name)) for name in config.train.tasks
-    }
-    are_here = all(task.config.files or task.config.path is None for task in tasks.values())
+    tasks = [training_task(name, config.train.changes_of_task(name)) for name in config.train.tasks]
+    are_here = all(task.config.files or task.config.path is None for task in tasks)
     if read is not None and are_here:
         decided, rows = read
-        evaluations = evaluations_of(decided, rows.tokenizer, positions)
-        return {evaluation.name: len(evaluation.problems) for evaluation in evaluations}
-    for name, task in tasks.items():
-        fix = f"the number of its problems is unknown: set train.task_settings.{name}.limit"
-        require(task.config.limit is not None, f"train.tasks=[{name}]: {fix}.")
-    return {name: task.config.limit for name, task in tasks.items()}
+        evaluations_of(decided, rows.tokenizer, positions)

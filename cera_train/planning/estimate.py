@@ -16,7 +16,7 @@ from cera_train.model.folder import check_length, positions_of
 from cera_train.model.precision import choose_precision
 from cera_train.planning.data_size import (
     DataSize,
-    count_problems,
+    check_tasks,
     data_size,
     read_rows,
     trained_size,
@@ -51,7 +51,7 @@ def estimate(config: PlanRun) -> RunPlan:
         check_quantised(config.adapter)
     run = DryRun(config)
     check_length(config.model, config.data.max_length, "data.max_length", run.base.config)
-    problems = count_problems(config, read, positions_of(run.base.config))
+    check_tasks(config, read, positions_of(run.base.config))
     announce("planning", f"{title(config.adapter)} on {config.model.path}")
 
     trained = trained_size(config, data)
@@ -66,7 +66,6 @@ def estimate(config: PlanRun) -> RunPlan:
         config=config,
         device=GPUS[config.plan.gpu] if on_gpu else this_cpu(config.model.dtype),
         data=data,
-        problems=problems,
         totals=totals,
         parameters=run.total,
         trainable=run.trainable,

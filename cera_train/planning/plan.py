@@ -56,7 +56,6 @@ class RunPlan:
     config: PlanRun
     device: Device
     data: DataSize
-    problems: dict[str, int]  # of each of `train.tasks`
     totals: RunTotals
     parameters: int
     trainable: int

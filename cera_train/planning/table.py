@@ -121,8 +121,8 @@ def _basis(plan: RunPlan) -> list[tuple[str, str]]:
         answers = config.train.batch_size * config.sequences
         text = f"{answers:,} an update, of up to {config.work.answer_tokens:,} tokens"
         lines.append(("answers", f"{text} ({NOT_COUNTED})"))
-    for task, problems in plan.problems.items():
-        lines.append(("task", f"{task}: {problems:,} problems ({NOT_COUNTED})"))
+    for task in config.train.tasks:
+        lines.append(("task", f"{task} ({NOT_COUNTED})"))
     device = plan.device
     speed = f"{device.peak_speed / 1e12:.3g} TFLOP/s at best, {device.mfu:.0%} of it in training"
     memory = f"{config.plan.gpus} x {device.name}, {device.memory / GB:.0f} GB"

@@ -3,9 +3,8 @@ from conf/ and recipes/; every `__post_init__` checks its part."""
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from cera_train.common.settings import require, section, setting
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
@@ -24,7 +23,7 @@ from cera_train.settings.training import (
     TrainConfig,
     Work,
 )
-from cera_train.settings.values import FolderName, Settings, read_as
+from cera_train.settings.values import FolderName, Settings
 
 
 @dataclass
@@ -137,9 +136,6 @@ def has_prompts(data: DataConfig) -> bool:
 GpuKind = StrEnum("GpuKind", ["h100", "a100", "l40s", "rtx4090", "cpu"])
 
 
-Deviations = Annotated[list[NonNegativeFloat], Field(min_length=3, max_length=3)]
-
-
 @dataclass
 class PlanConfig(Settings):
     gpu: GpuKind = setting(GpuKind.h100, "cost")
@@ -150,10 +146,6 @@ class PlanConfig(Settings):
     tokens_per_row: PositiveFloat | None = setting(None, "cost")
     """null: from data.facts, or counted by the model's tokenizer where the rows are local files or
     computed."""
-    spread: read_as(dict[str, Deviations] | None) = setting(None, "cost")
-    """How much the difference between two arms of a study varies, by outcome, such as {loss:
-    [0.002, 0.02, 0.02]}: standard deviations between seeds, between problems or rows, and beyond
-    both; in nats a token, or in shares of a score."""
 
     @property
     def on_gpu(self) -> bool:

@@ -1,11 +1,11 @@
-"""Rows, tokens and problems: read by the run, or from facts."""
+"""Rows and tokens: read by the run, or from facts."""
 
 from statistics import fmean, pstdev
 
 import pytest
 
 from cera_train.data.prepare import prepare_data
-from cera_train.planning.data_size import DataSize, count_problems, data_size, read_rows
+from cera_train.planning.data_size import DataSize, data_size, read_rows
 
 
 @pytest.fixture
@@ -56,16 +56,3 @@ def test_settings_bound_what_is_known_of_the_hub_and_give_what_is_not(size):
     counts = ["data.train_rows=20000", "data.eval_rows=100", "plan.tokens_per_row=200"]
     mix = size("data=gsm8k_slimorca", *counts)
     assert (mix.train_rows, mix.eval_rows, mix.tokens_per_row) == (20_000, 200, 200)
-
-
-def test_problems_of_a_task_are_counted_or_known(compose, write_jsonl, tiny_folder):
-    def problems(name: str, *overrides: str) -> int:
-        words = [f"model.path={tiny_folder}", "+recipe=logistic_map", f"train.tasks=[{name}]"]
-        config = compose(*words, *overrides, command="plan")
-        return count_problems(config, read_rows(config), None)[name]
-
-    assert problems("gsm8k", "train.tasks_limit=30") == 30
-    assert problems("held_out", "data=gsm8k") == 50  # of rows that are on the Hub
-    assert problems("logistic_map", "train.tasks_limit=15") == 15
-    path = write_jsonl("test.jsonl", [{"question": "a" * 28, "answer": "#### 1"}] * 7)
-    assert problems("gsm8k", f"train.task_settings={{gsm8k: {{files: ['{path}']}}}}") == 7
