@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from cera_train.cli.config import announce_imports, register_plugins, start_hydra, to_config
 from cera_train.common.terminal import counted, print_line
 from cera_train.planning.plan import RunPlan, make_plan
-from cera_train.planning.table import name_jobs, print_plan, print_plans
+from cera_train.planning.table import print_plan, print_plans
 from cera_train.settings.run import PlanRun
 from cera_train.study.cells import Cell
 from cera_train.study.design import StudySweeper, check_cells, study_record
@@ -21,7 +21,7 @@ EDGES = "the best is at an edge, which allows no verdict: name more, or set stud
 
 
 def main() -> None:
-    jobs: list[tuple[list[str], RunPlan]] = []
+    jobs: dict[str, list[RunPlan]] = {}
 
     def plan(composed: DictConfig) -> None:
         """Prints the plan of a run; keeps that of a sweep's job, since Hydra runs them one after
@@ -32,12 +32,12 @@ def main() -> None:
         if HydraConfig.get().mode == RunMode.RUN:
             print_plan(planned)
         else:
-            jobs.append((list(HydraConfig.get().overrides.task), planned))
+            jobs[HydraConfig.get().job.override_dirname] = [planned]
 
     register_plugins(StudySweeper=PlannedStudy)
     start_hydra(PLAN, plan)
     if jobs:
-        print_plans("job", name_jobs(jobs))
+        print_plans("job", jobs)
 
 
 class PlannedStudy(StudySweeper):

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 
 from cera_train.common.terminal import counted, duration, gigabytes, print_line, print_table
 from cera_train.planning.plan import GB, USABLE, RunPlan
-from cera_train.settings.model import ModelConfig, Quantization
+from cera_train.settings.model import Quantization
 
 NOT_COUNTED = "generation time not counted"
-START = 12
-"""Seconds that a run needs beside its updates and evaluations, to build its model and its rows and
-to save: SmolLM2-135M on a CPU takes 11 to 14."""
+WHAT_LOWERS_MEMORY = (
+    "model.gradient_checkpointing=true, model.quantization=nf4, a lower train.micro_batch_tokens"
+)
 
 
 def print_plan(plan: RunPlan) -> None:
@@ -37,18 +37,8 @@ def print_plan(plan: RunPlan) -> None:
     if plan.fits:
         print_line("fits", f"{needs} of the {memory}")
     else:
-        tries = ", ".join(what_lowers_memory(plan.config.model))
-        print_line("too large", f"{needs}, more than {USABLE:.0%} of the {memory}: try {tries}")
-
-
-def what_lowers_memory(model: ModelConfig) -> list[str]:
-    """Settings that a run has not chosen yet."""
-    tries = ["a lower train.micro_batch_tokens"]
-    if model.quantization == Quantization.none:
-        tries.insert(0, "model.quantization=nf4")
-    if not model.gradient_checkpointing:
-        tries.insert(0, "model.gradient_checkpointing=true")
-    return tries
+        limit = f"{USABLE:.0%} of the {memory}"
+        print_line("too large", f"{needs}, more than {limit}: try {WHAT_LOWERS_MEMORY}")
 
 
 def print_plans(noun: str, groups: Mapping[str, Sequence[RunPlan]]) -> None:
@@ -68,21 +58,7 @@ def print_plans(noun: str, groups: Mapping[str, Sequence[RunPlan]]) -> None:
         rows.append([name, " or ".join(counts), *_sums(plans), note])
     rows.append([counted(len(groups), noun), "", *_sums(every), ""])
     header = [noun, "trainable", "runs", "peak", "updates", "time", "GPU-hours", "cost", ""]
-    print_line("time", f"of updates and evaluations, and {START} s for the start of each run")
     print_table(header, rows, right=range(1, 8))
-
-
-def name_jobs(jobs: Sequence[tuple[Sequence[str], RunPlan]]) -> dict[str, list[RunPlan]]:
-    """The jobs of a sweep by the overrides that differ between them.
-
-    Args:
-        jobs: the overrides and the plan of each.
-    """
-    common = set.intersection(*(set(overrides) for overrides, _ in jobs))
-    return {
-        " ".join(override for override in overrides if override not in common): [plan]
-        for overrides, plan in jobs
-    }
 
 
 def _sums(plans: Sequence[RunPlan]) -> list[str]:
@@ -92,7 +68,7 @@ def _sums(plans: Sequence[RunPlan]) -> list[str]:
         f"{len(plans):,}",
         _size(max(plan.peak for plan in plans)),
         f"{sum(plan.totals.updates for plan in plans):,}",
-        duration(sum(plan.seconds + START for plan in plans)),
+        duration(sum(plan.seconds for plan in plans)),
         f"{sum(plan.gpu_hours for plan in plans):,.2f}",
         "" if None in costs else f"{sum(costs):,.2f}",
     ]

@@ -8,8 +8,7 @@ from cera_train.common.files import read_json
 from cera_train.evaluation.held_out import PROBE_TOKENS
 from cera_train.planning.data_size import data_size, read_rows
 from cera_train.planning.estimate import run_totals
-from cera_train.planning.table import name_jobs, print_plans, what_lowers_memory
-from cera_train.settings.model import ModelConfig, Quantization
+from cera_train.planning.table import print_plans
 
 MATH = "+recipe=math_r64"
 QUICK = "+recipe=logistic_map"
@@ -32,14 +31,6 @@ def tiny_plan(plan, tiny_folder):
     """tiny_plan("adapter.r=8", ...) -> RunPlan of the logistic map with a two-layer Llama."""
     tiny = [QUICK, f"model.path={tiny_folder}", "data.max_length=256", "adapter.r=4"]
     return lambda *overrides: plan(*tiny, "train.batch_size=16", *overrides)
-
-
-def test_what_lowers_memory_is_not_chosen_yet():
-    last = "a lower train.micro_batch_tokens"
-    nf4 = ModelConfig(path="x", quantization=Quantization.nf4)
-    assert what_lowers_memory(nf4) == ["model.gradient_checkpointing=true", last]
-    checkpointed = ModelConfig(path="x", gradient_checkpointing=True)
-    assert what_lowers_memory(checkpointed) == ["model.quantization=nf4", last]
 
 
 def test_the_activations_of_llama_by_hand(plan):
@@ -159,9 +150,8 @@ def test_an_update_takes_no_more_rows_than_there_are(tiny_plan):
 def test_a_sweep_adds_up_its_jobs_and_marks_what_does_not_fit(plan, capsys):
     words = [MATH, "plan.gpu=rtx4090", "plan.price_per_hour=2"]
     models = ("model=llama3_2_1b", "model=llama3_1_8b")
-    jobs = [([*words, model], plan(*words, model)) for model in models]
-    plans = [planned for _, planned in jobs]
-    print_plans("job", name_jobs(jobs))
+    plans = [plan(*words, model) for model in models]
+    print_plans("job", {model: [planned] for model, planned in zip(models, plans, strict=True)})
     *_, small, large, total = (line for line in capsys.readouterr().out.splitlines() if line)
     assert "does not fit" not in small
     assert large.endswith("does not fit RTX 4090")
@@ -171,9 +161,10 @@ def test_a_sweep_adds_up_its_jobs_and_marks_what_does_not_fit(plan, capsys):
 
 
 def test_a_plan_needs_no_tracker_and_no_adapter_that_another_run_will_leave(
-    run_command, tiny_folder
+    run_command, tiny_folder, capfd
 ):
     words = [QUICK, f"model.path={tiny_folder}", "data.max_length=256"]
     words += ["adapter.start_from=outputs/first", "tracker.kinds={swanlab: null}"]
     assert run_command("cera-plan", *words, "adapter.r=4") == 0
     assert run_command("cera-plan", "-m", *words, "adapter.r=4") == 0
+    assert f"\n{QUICK},adapter.r=4," in capfd.readouterr().out  # the job's name

@@ -2,9 +2,6 @@
 
 import pytest
 
-from cera_train.common.terminal import duration
-from cera_train.planning.table import START
-
 STUDY = ["-m", "+study=first_look", "study.tune={optimizer.lr: [1e-3, 1e-2]}"]
 """3 arms, 3 seeds, 24 updates."""
 
@@ -33,8 +30,7 @@ def test_every_run_of_a_study_is_planned(plan_command):
     out = plan_command(*STUDY, "study.tune_seeds=1", "train.tasks=[logistic_map]")
     assert out.startswith("study      Does CeRA reach a lower loss than LoRA on the logistic map")
     assert "\nedges      optimizer.lr has 2 values: the best is at an edge" in out
-    runs, _, _, updates, time, *_ = row(out, "3 cells")
-    assert time == duration(12 * START)  # the model is tiny
+    runs, _, _, updates, *_ = row(out, "3 cells")
     assert "\ntask       logistic_map (generation time not counted)\n" in out
     assert "\nedges " not in plan_command(*STUDY, "study.extend=true")
     assert (runs, updates) == ("12", f"{3 * (2 + 2) * 24}")  # the compared seeds run one value
