@@ -10,9 +10,7 @@ from cera_train.report.comparison import (
     PairedTest,
     cautions,
     differing_settings,
-    graded_runs,
     paired_tests,
-    task_names,
 )
 from cera_train.report.document import Page, Table
 from cera_train.report.forest import Forest, Group, row_of
@@ -53,7 +51,6 @@ def compare_runs(folders: Sequence[Path]) -> Page:
     tables = [
         table_of_runs(runs),
         Table("Paired tests", [test.row for test in tests], TESTS),
-        table_of_endings(runs),
         table_of_costs(runs),
         table_of_settings(trained),
     ]
@@ -98,20 +95,6 @@ def forest_of(tests: Sequence[PairedTest]) -> Forest | None:
 def table_of_runs(runs: Sequence[Run]) -> Table:
     """The results that runs have, and those of the paper that their recipes name."""
     return Table("Runs", list(map(_row, runs)), CAPTION)
-
-
-def table_of_endings(runs: Sequence[Run]) -> Table:
-    """How answers ended, without the ways in which none did."""
-    rows = []
-    for task in task_names(runs):
-        for run in graded_runs(runs, task):
-            shares = run.evaluations[task].endings
-            if any(shares.values()):
-                cells = {
-                    ending: f"{share:.1%}" if share else "" for ending, share in shares.items()
-                }
-                rows.append({"run": run.name, "task": task} | cells)
-    return Table("Answers", rows, "The share of a run's answers that ended so.")
 
 
 def table_of_costs(runs: Sequence[Run]) -> Table:

@@ -45,8 +45,6 @@ class Evaluation:
     scores: dict[str, Scores] = field(default_factory=dict)
     """Scores by the name of the rule that graded the answers, the best rule first; none: it is
     unfinished, or has no answers."""
-    endings: dict[str, float] = field(default_factory=dict)
-    """The share of the answers that ended in each way."""
     same: dict[str, str] = field(default_factory=dict)
     """What has to be equal in two evaluations that are compared, such as the shots."""
     settings: Settings = field(default_factory=dict)

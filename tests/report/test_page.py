@@ -6,12 +6,11 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from made_files import change_json, write_lines
+from made_files import write_lines
 from made_runs import HOSTILE, add_evaluation, make_run, two_runs
 
 from cera_train.report.document import Picture
 from cera_train.report.page import compare_runs
-from cera_train.runs.evaluation_folder import ENDINGS
 
 STEERING = "\x1b[31m\x9b\u202e\ud800"
 
@@ -142,19 +141,6 @@ def test_runs_on_other_rows_or_that_diverged_are_not_drawn_beside_the_rest(tmp_p
     runs.append(make_run(tmp_path / "e", perplexity=float("inf"), **{"adapter.r": 16}))
     picture = pictures_of(*runs)["perplexity-by-rank"]
     assert picture.alt == "Perplexity by rank. CeRA: 1.016 to 1.008; LoRA: 1.5 to 1.5."
-
-
-def test_how_answers_ended_is_a_table_of_the_ways_in_which_some_did(tmp_path):
-    runs = two_runs(tmp_path)
-    shares = [{"right": 0.55, "wrong": 0.4, "truncated": 0.05}, {"right": 0.475, "wrong": 0.525}]
-    for run, of_run in zip(runs, shares, strict=True):
-        endings = {f"ending/{name}": of_run.get(name, 0.0) for name in ENDINGS}
-        change_json(run / "eval" / "math" / "result.json", endings)
-    [table] = [table for table in compare_runs(runs).tables if table.title == "Answers"]
-    assert [list(row.values()) for row in table.rows] == [
-        ["cera_64", "math", "55.0%", "40.0%", "5.0%"],
-        ["lora_512", "math", "47.5%", "52.5%", ""],
-    ]
 
 
 def test_the_page_opens_with_the_verdict_of_each_pair(tmp_path):

@@ -121,7 +121,7 @@ def read_evaluation(folder: Path) -> Evaluation:
         "prompts": "chat markup" if is_chat else "plain text",
     }
     scores = _paired_scores(folder)
-    return Evaluation(dict(_figures(result)), scores, result.endings, same, settings=settings)
+    return Evaluation(dict(_figures(result)), scores, same, settings=settings)
 
 
 def _figures(result: AccuracyResult) -> Iterator[tuple[Metric, Figure]]:
