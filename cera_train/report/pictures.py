@@ -1,15 +1,12 @@
-"""The pictures of runs side by side. Colours stand for methods (Okabe and Ito's palette, for
-colour-blind readers), and markers for runs: the same in every picture. A picture without figures is
-left out."""
+"""The pictures of runs side by side. A run, or a method by rank, has the same colour and marker of
+report.mplstyle in every picture. A picture without figures is left out."""
 
 import io
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib.style
 from matplotlib.figure import Figure
@@ -42,18 +39,11 @@ HEIGHT = 3.1  # without the legend
 LEGEND_LINE = 0.2  # inches
 LONGEST_LABEL = 48
 
-COLORS = {
-    "cera": "#0072b2",
-    "lora": "#c04a00",
-    "rslora": "#00795a",
-    "dora": "#a8437f",
-    "base": "#5f6670",
-    "other": "#7a5c00",
-}
-MARKERS = "os^DvhPX*p"
 STYLE = Path(__file__).with_name("templates") / "report.mplstyle"
 
 ON_SAME_ROWS = "Runs on the same held-out rows and model."
+
+Points = list[tuple[float, float | None]]
 
 
 @dataclass(frozen=True)
@@ -63,11 +53,6 @@ class Picture:
     alt: str
     caption: str
     png: bytes
-
-
-class Line(NamedTuple):
-    kind: str  # of the adapter
-    points: list[tuple[float, float | None]]
 
 
 def curves(runs: Sequence[Run]) -> list[Picture]:
@@ -82,9 +67,7 @@ def curves(runs: Sequence[Run]) -> list[Picture]:
 def spectra(runs: Sequence[Run]) -> list[Picture]:
     """What the adapters' branches do."""
     effective_ranks = _by_rank(runs, "spectrum.effective_rank_mean")
-    singular_values = {
-        run.name: Line(run.kind, list(enumerate(run.spectrum, start=1))) for run in runs
-    }
+    singular_values = {run.name: list(enumerate(run.spectrum, start=1)) for run in runs}
     linear_shares = _by_update(runs, "evaluations", "spectrum.linear_share_mean")
     return [
         *_lines("effective rank by rank", effective_ranks, ON_SAME_ROWS),
@@ -103,13 +86,11 @@ def spectra(runs: Sequence[Run]) -> list[Picture]:
     ]
 
 
-def _by_update(runs: Sequence[Run], lines: str, field: str) -> dict[str, Line]:
+def _by_update(runs: Sequence[Run], lines: str, field: str) -> dict[str, Points]:
     """A figure in lines of metrics.jsonl."""
     value = attrgetter(field)
     return {
-        run.name: Line(
-            run.kind, [(line.update, value(line)) for line in getattr(run.metrics, lines)]
-        )
+        run.name: [(line.update, value(line)) for line in getattr(run.metrics, lines)]
         for run in runs
     }
 
@@ -118,7 +99,7 @@ def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _by_rank(runs: Sequence[Run], field: str) -> dict[str, Line]:
+def _by_rank(runs: Sequence[Run], field: str) -> dict[str, Points]:
     """A figure of the finished runs of each method on the same held-out rows and base model: of
     the largest such group."""
     value = attrgetter(f"figures.{field}")
@@ -127,34 +108,28 @@ def _by_rank(runs: Sequence[Run], field: str) -> dict[str, Line]:
     largest = max(groups.values(), key=len, default=[])
     methods = group_by(largest, lambda run: run.method)
     return {
-        method: Line(same[0].kind, sorted((run.rank, value(run)) for run in same))
-        for method, same in methods.items()
+        method: sorted((run.rank, value(run)) for run in same) for method, same in methods.items()
     }
 
 
-def _lines(title: str, lines: Mapping[str, Line], caption: str) -> list[Picture]:
+def _lines(title: str, lines: Mapping[str, Points], caption: str) -> list[Picture]:
     """The picture of `y by x`: lines by name; none where it would show no more than the table."""
-    points = {}
-    for name, line in lines.items():
-        finite = [(x, y) for x, y in line.points if _is_finite(y)]
-        if finite:
-            points[name] = finite
+    finite = {name: [(x, y) for x, y in line if _is_finite(y)] for name, line in lines.items()}
+    points = {name: line for name, line in finite.items() if line}
     if all(len({x for x, _ in line}) < 2 for line in points.values()):
         return []
-    markers = dict(zip(lines, itertools.cycle(MARKERS), strict=False))
     ylabel, _, xlabel = title.partition(" by ")
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.subplots()
-        for name, line in points.items():
+        for name, line in finite.items():  # an empty line takes its colour and marker too
             places = [x for x, _ in line]
             axes.plot(
-                *zip(*line, strict=True),
-                color=COLORS.get(lines[name].kind, COLORS["other"]),
-                marker=markers[name],
-                markevery=math.ceil(len(line) / 10),
+                places,
+                [y for _, y in line],
+                markevery=math.ceil(len(line) / 10) or None,
                 linestyle="-" if len({*places}) == len(places) else "none",
-                label=shortened(name),
+                label=shortened(name) if line else None,
             )
         axes.set(xlabel=xlabel, ylabel=ylabel)
         if xlabel == "rank":

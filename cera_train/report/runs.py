@@ -93,12 +93,6 @@ class Run:
         return self.is_training and self.result is None
 
     @property
-    def kind(self) -> str:
-        if self.adapter is None:
-            return "base" if self.is_base else "other"
-        return self.adapter.kind
-
-    @property
     def rank(self) -> int | None:
         """`adapter.r`, or the default of PEFT's method."""
         if self.adapter is None:
