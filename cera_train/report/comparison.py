@@ -19,7 +19,6 @@ from cera_train.verdicts.verdict import JudgedContrast, holm
 
 MOST_RUNS_IN_ALL_PAIRS = 6
 
-NOT_ON_RECORD = "not on record"
 SHOWN = 40  # characters of a value in a note
 
 
@@ -113,10 +112,10 @@ def compare_pair(first: Run, second: Run, task: str) -> PairedTest:
             both.
     """
     evaluations = (first.evaluations[task], second.evaluations[task])
-    for name in {**evaluations[0].same, **evaluations[1].same}:
-        values = [each.same.get(name, NOT_ON_RECORD) for each in evaluations]
-        words = " and ".join(value[:SHOWN] for value in values)
-        require(values[0] == values[1], f"{name} differ: {words}: evaluate both alike.")
+    for name, value in evaluations[0].same.items():
+        other = evaluations[1].same.get(name, value)
+        words = f"{value[:SHOWN]} and {other[:SHOWN]}"
+        require(value == other, f"{name} differ: {words}: evaluate both alike.")
     first_scores, second_scores = (evaluation.scores for evaluation in evaluations)
     graders = [name for name in first_scores if name in second_scores]
     require(

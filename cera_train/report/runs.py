@@ -46,7 +46,8 @@ class Evaluation:
     """Scores by the name of the rule that graded the answers, the best rule first; none: it is
     unfinished, or has no answers."""
     same: dict[str, str] = field(default_factory=dict)
-    """What has to be equal in two evaluations that are compared, such as the shots."""
+    """What has to be equal where two evaluations that are compared have it on record, such as the
+    shots."""
     settings: Settings = field(default_factory=dict)
     """What a reader should know to differ."""
 

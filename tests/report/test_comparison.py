@@ -130,6 +130,21 @@ def test_answers_of_two_engines_are_not_compared(tmp_path):
     ]
 
 
+def test_a_run_is_compared_with_scores_of_another_program(tmp_path):
+    """Whose engine and prompts are not on record."""
+    run = make_run(tmp_path / "a")
+    folder = add_evaluation(run, "logistic_map", verified=False)
+    grades = [grade | {"score": 0.25} for grade in read(folder / "grades.jsonl")]
+    write_lines(folder / "grades.jsonl", grades)
+    theirs = [{"problem": grade["problem"], "score": 0.5} for grade in grades]
+    (tmp_path / "b").mkdir()
+    write_lines(tmp_path / "b" / "logistic_map.jsonl", theirs)
+    for paths in ([run, tmp_path / "b"], [tmp_path / "b", run]):
+        (test,), notes = paired_tests(read_runs(paths))
+        assert not notes
+        assert (test.problems, test.grader, abs(test.difference)) == (40, "score", 0.25)
+
+
 def test_a_grade_beyond_the_whole_is_named(tmp_path):
     run = make_run(tmp_path / "a")
     grade = {"problem": "x", "sample": 0, "exact": True, "score": 2.0}
