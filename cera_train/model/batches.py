@@ -69,50 +69,25 @@ def shares(rows: Sequence[int], lengths: Sequence[int], processes: int) -> list[
     return shares
 
 
-def flat_micro_batches(
-    rows: Sequence[int], lengths: Sequence[int], max_tokens: int
+def micro_batches(
+    rows: Sequence[int], lengths: Sequence[int], max_tokens: int, is_flat: bool
 ) -> list[list[int]]:
-    """Groups of rows with at most `max_tokens` tokens, by best-fit-decreasing bin packing."""
+    """Groups of rows, longest first, with at most `max_tokens` tokens, padding included: the next
+    row begins a group where it would exceed that, or where padding would cost more than another
+    pass."""
     groups: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, group), sorted
+    tokens = 0  # of the last group
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
-        place = bisect.bisect_left(room, (lengths[row], 0))
-        if place < len(room):
-            left, group = room.pop(place)
-        else:
-            left = max_tokens
-            group = len(groups)
+        tokens += lengths[row]
+        size = tokens
+        if groups and not is_flat:
+            longest = groups[-1][0]
+            size = lengths[longest] * (len(groups[-1]) + 1)
+        if not groups or size > max_tokens or size - tokens > OVERHEAD_TOKENS:
             groups.append([])
-        groups[group].append(row)
-        bisect.insort(room, (left - lengths[row], group))
+            tokens = lengths[row]
+        groups[-1].append(row)
     return groups
-
-
-def padded_micro_batches(
-    rows: Sequence[int], lengths: Sequence[int], max_tokens: int
-) -> list[list[int]]:
-    """Groups of rows of near-equal length with at most `max_tokens` tokens, padding included: the
-    cut with the fewest padded tokens and overheads, by dynamic programming over the rows in order
-    of length."""
-    ordered = sorted(rows, key=lambda row: (lengths[row], row))
-    # best[end]: the cost of the best cut of ordered[:end], and minus the start of its last group
-    best = [(0, 0)]
-    for end, longest in enumerate(ordered, start=1):
-        tokens = lengths[longest]  # of each row in the group that ends here, with its padding
-        starts = range(max(0, end - max(1, max_tokens // tokens)), end)
-        best.append(
-            min(
-                (best[start][0] + (end - start) * tokens + OVERHEAD_TOKENS, -start)
-                for start in starts
-            )
-        )
-    groups = []
-    end = len(ordered)
-    while end:
-        start = -best[end][1]
-        groups.append(ordered[start:end])
-        end = start
-    return groups[::-1]
 
 
 @dataclass
@@ -191,8 +166,7 @@ class MicroBatches:
 
     def groups(self, rows: Sequence[int]) -> list[list[int]]:
         """The rows of each micro-batch."""
-        cut = flat_micro_batches if self.is_flat else padded_micro_batches
-        return cut(rows, self.lengths, self.max_tokens)
+        return micro_batches(rows, self.lengths, self.max_tokens, self.is_flat)
 
     def load(self, group: Sequence[int]) -> Batch:
         """One micro-batch, on the device."""

@@ -1,8 +1,7 @@
-"""Every row once, shares and micro-batches that partition them, and the cheapest cut against brute
-force."""
+"""Every row once, and shares and micro-batches that partition them."""
 
 import random
-from itertools import chain, combinations, pairwise
+from itertools import chain
 from types import SimpleNamespace
 
 import pyarrow
@@ -16,9 +15,8 @@ from cera_train.model.batches import (
     MicroBatches,
     RowOrder,
     flat_batch,
-    flat_micro_batches,
+    micro_batches,
     padded_batch,
-    padded_micro_batches,
     shares,
 )
 
@@ -53,57 +51,21 @@ def test_shares_partition_the_rows_and_differ_by_at_most_one_sequence(processes,
         assert shares(rows[::-1], lengths, processes) == shared
 
 
-def padded_tokens(group: list[int], lengths: list[int]) -> int:
-    return len(group) * max(lengths[row] for row in group)
-
-
-@pytest.mark.parametrize("cut", [flat_micro_batches, padded_micro_batches])
+@pytest.mark.parametrize("is_flat", [True, False])
 @pytest.mark.parametrize("max_tokens", [1, 300, 1000, 10**6])
 @pytest.mark.parametrize("count", [0, 1, 40])
-def test_micro_batches_partition_the_rows_within_the_bound(cut, max_tokens, count):
+def test_micro_batches_partition_the_rows_within_the_bound(is_flat, max_tokens, count):
     for seed in range(5):
         lengths = random_lengths(seed, 100)
         rows = random.Random(seed).sample(range(100), count)
-        groups = cut(rows, lengths, max_tokens)
+        groups = micro_batches(rows, lengths, max_tokens, is_flat)
         assert sorted(chain.from_iterable(groups)) == sorted(rows)
-        assert cut(rows[::-1], lengths, max_tokens) == groups
-        is_flat = cut == flat_micro_batches
-        tokens = [
-            sum(lengths[row] for row in group) if is_flat else padded_tokens(group, lengths)
-            for group in groups
-        ]
-        assert all(
-            size <= max_tokens or len(group) == 1
-            for size, group in zip(tokens, groups, strict=True)
-        )
-        # No two could be joined: best-fit would have put the later's rows into the earlier.
-        if is_flat:
-            assert all(one + other > max_tokens for one, other in combinations(tokens, 2))
-
-
-def padded_cost(groups: list[list[int]], lengths: list[int]) -> int:
-    return sum(OVERHEAD_TOKENS + padded_tokens(group, lengths) for group in groups)
-
-
-@pytest.mark.parametrize(
-    ("longest", "max_tokens"), [(8, 300), (100, 300), (400, 700), (100, 10**6)]
-)
-def test_the_padded_cut_costs_as_little_as_the_best_of_all_cuts(longest, max_tokens):
-    for seed in range(8):
-        lengths = random_lengths(seed, 9, longest)
-        ordered = sorted(range(9), key=lambda row: lengths[row])
-        costs = []
-        for count in range(9):
-            for ends in combinations(range(1, 9), count):
-                groups = [ordered[start:end] for start, end in pairwise([0, *ends, 9])]
-                if all(
-                    len(group) == 1 or padded_tokens(group, lengths) <= max_tokens
-                    for group in groups
-                ):
-                    costs.append(padded_cost(groups, lengths))
-        assert padded_cost(padded_micro_batches(range(9), lengths, max_tokens), lengths) == min(
-            costs
-        )
+        assert micro_batches(rows[::-1], lengths, max_tokens, is_flat) == groups
+        for group in groups:
+            tokens = sum(lengths[row] for row in group)
+            padded = len(group) * max(lengths[row] for row in group)
+            assert len(group) == 1 or (tokens if is_flat else padded) <= max_tokens
+            assert is_flat or padded - tokens <= OVERHEAD_TOKENS
 
 
 def split_of(lengths: list[int]) -> TokenizedRows:
