@@ -98,8 +98,6 @@ class GrpoConfig(Settings):
     rewards: list[str] = setting(list, "result")
     """Functions by import path, such as my_rewards.brevity: f(prompt, answer, gold) -> number,
     added to the grade."""
-    beta: NonNegativeFloat = setting(0.0, "result")
-    """Weight of the KL divergence from the base, the model without its adapter."""
 
     def __post_init__(self) -> None:
         require(
@@ -109,13 +107,7 @@ class GrpoConfig(Settings):
 
     @property
     def work(self) -> Work:
-        reads_base = int(self.beta > 0)
-        return Work(
-            "prompts",
-            forward_passes=reads_base,
-            answers=self.answers,
-            answer_tokens=self.max_new_tokens,
-        )
+        return Work("prompts", answers=self.answers, answer_tokens=self.max_new_tokens)
 
 
 @dataclass

@@ -184,10 +184,6 @@ def update(
 
     seconds = time.perf_counter() - started
     progress.updated(drawn.tokens, seconds, data.order.updates_per_epoch)
-    figures = {
-        name: float(accelerator.reduce(value, "mean")) if torch.is_tensor(value) else value
-        for name, value in drawn.figures.items()
-    }
     metrics = UpdateMetrics(
         update=progress.update,
         epoch=progress.epoch,
@@ -197,7 +193,7 @@ def update(
         lr=lr,
         tokens_per_s=drawn.tokens / seconds,
         seconds=progress.seconds,
-        **figures,
+        **drawn.figures,
     )
     return metrics, signal
 

@@ -122,15 +122,14 @@ def test_objectives_add_their_passes_and_answers(size_and_totals):
     words = [*updates, "data=gsm8k", "train.objective=grpo"]
     words += ["grpo.answers=4", "grpo.max_new_tokens=100"]
     grpo = size_and_totals(*words)[1]
-    held = size_and_totals(*words, "grpo.beta=0.1")[1]
     sequence = data.tokens_per_row * (1 - data.supervised) + 100
     assert (grpo.tokens, grpo.forward_tokens) == (
         pytest.approx(10 * 16 * 4 * sequence),
         plain.forward_tokens,
     )
-    assert held.forward_tokens - plain.forward_tokens == pytest.approx(held.tokens)
     served = size_and_totals(*words, "train.server=http://localhost:8000")[1]
-    assert served.forward_tokens == held.forward_tokens  # the check of the server's log p
+    # the check of the server's log p
+    assert served.forward_tokens - plain.forward_tokens == pytest.approx(served.tokens)
     data, dpo = size_and_totals(*updates, "data=preferences", "train.objective=dpo")
     pair = 2 * data.tokens_per_row
     probes = 3 * PROBE_TOKENS

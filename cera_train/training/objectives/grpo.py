@@ -1,9 +1,8 @@
 """Group relative policy optimisation, arXiv 2402.03300: the model answers each prompt several
 times, and learns from how an answer's reward differs from those of its group:
 
-    loss = mean over the sampled tokens of -ratio A + beta ratio KL
+    loss = mean over the sampled tokens of -ratio A
     A = (reward - mean) / (deviation + 1e-4),    ratio = p / p when sampled
-    KL = e^x - x - 1 with x = log p_base / p
 
 Every update samples anew from the current model: a ratio is 1, so clipping would never act, and its
 gradient is that of log p. Random numbers follow from the seed and the update: an interrupted run
@@ -19,11 +18,9 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from cera_train.adapters.saved import keeps_base
-from cera_train.common.settings import require
 from cera_train.data.prepare import TokenizedRows, table_of
 from cera_train.data.reader import Example, Question
 from cera_train.evaluation.engine import Sampler
-from cera_train.evaluation.held_out import token_losses
 from cera_train.evaluation.requests import Answer, Request, check_positions
 from cera_train.model.batches import MicroBatches
 from cera_train.runs.folder import Progress, RunFolder
@@ -39,8 +36,6 @@ MOST_WEIGHT = 2.0
 """Upper bound of a sampled token's importance weight, p here / p on the server: truncated, as in
 TRL."""
 
-KL = "train/kl"
-
 
 # --- the loss -------------------------------------------------------------------------------------
 
@@ -51,19 +46,11 @@ def group_advantages(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1)[:, None] + 1e-4)
 
 
-def grpo_loss(
-    log_p: Tensor,
-    advantages: Tensor,
-    beta: float,
-    reference: Tensor | None = None,
-    sampled: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The loss, and KL from the base if there is a reference, summed over sampled tokens. All
-    arguments are [N].
+def grpo_loss(log_p: Tensor, advantages: Tensor, sampled: Tensor | None = None) -> Tensor:
+    """The loss, summed over sampled tokens. All arguments are [N].
 
     Args:
         advantages: the advantage of each token's answer.
-        reference: log p under the base; None: no KL term.
         sampled: log p on the server that sampled the tokens, which are weighted by p here / p
             there.
     """
@@ -71,12 +58,7 @@ def grpo_loss(
     gains = ratios * advantages
     if sampled is not None:
         gains = gains * (log_p.detach() - sampled).exp().clamp(max=MOST_WEIGHT)
-    loss = -gains.sum()
-    if reference is None:
-        return loss, None
-    excess = reference - log_p
-    divergence = (ratios * (excess.exp() - excess - 1)).sum()
-    return loss + beta * divergence, divergence.detach()
+    return -gains.sum()
 
 
 # --- the objective --------------------------------------------------------------------------------
@@ -109,11 +91,6 @@ class Grpo(Objective):
         self.rewards: list[Reward] = [import_reward(path) for path in self.config.rewards]
         if self.config.grader is not None:
             self.rewards.append(grade_by(self.config.grader))
-        require(
-            not self.config.beta or keeps_base(model.adapted),
-            f"grpo.beta={self.config.beta:g} needs the base as the reference, and adapter.kind="
-            f"{config.adapter.kind} trains it: set grpo.beta=0.",
-        )
         # A base that the adapter moves cannot be compared.
         limit = None if keeps_base(model.adapted) else MOST_ROUNDING
         self.policy = PolicyCheck(f"train.server={config.train.server}", model, limit)
@@ -161,32 +138,18 @@ class Grpo(Objective):
         distances: dict[str, float],
     ) -> Update:
         """The loss of sampled answers, with figures of them."""
-        config = self.config
         advantages = group_advantages(rewards).flatten()
         lengths = torch.tensor(batches.supervised)
-        # An answer with zero advantage has no gradient, unless KL gives it one.
+        # An answer with zero advantage has no gradient.
         sequences = advantages.nonzero().flatten().tolist() or [0]
-        figures = answer_figures(rewards, lengths.float(), config.max_new_tokens) | distances
+        figures = answer_figures(rewards, lengths.float(), self.config.max_new_tokens) | distances
         sampled = sampled_log_p(groups) if self.sampler.is_served else None
-        reference = None
-        if config.beta:
-            sequences = [*range(len(lengths))]
-            reference = self._reference_log_p(batches)
-            figures[KL] = torch.zeros((), device=batches.device)
         # The processes average their gradients.
         weight = self.model.accelerator.num_processes / lengths.sum().to(batches.device)
 
         def loss(log_p: Tensor, group: Sequence[int]) -> Tensor:
-            total, divergence = grpo_loss(
-                log_p,
-                advantages[group].repeat_interleave(lengths[group]).to(log_p.device),
-                config.beta,
-                join_tokens(reference, group, log_p.device),
-                join_tokens(sampled, group, log_p.device),
-            )
-            if divergence is not None:
-                figures[KL] += weight * divergence
-            return weight * total
+            gains = advantages[group].repeat_interleave(lengths[group]).to(log_p.device)
+            return weight * grpo_loss(log_p, gains, join_tokens(sampled, group, log_p.device))
 
         return Update(batches, sequences, loss, figures)
 
@@ -240,13 +203,6 @@ class Grpo(Objective):
                 )
                 self.folder.append(SAMPLES, sample.to_json())
 
-    def _reference_log_p(self, batches: MicroBatches) -> list[Tensor]:
-        """log p of each answer's tokens under the base."""
-        model = self.model
-        with model.adapted.disable_adapter():
-            losses = token_losses(model.language_model, batches, model.accelerator)
-        return [*(-torch.from_numpy(losses.losses)).split(batches.supervised)]
-
 
 def sampled_log_p(groups: list[list[Answer]]) -> list[list[float]]:
     """log p of each answer's tokens on the server that sampled them."""
@@ -254,12 +210,12 @@ def sampled_log_p(groups: list[list[Answer]]) -> list[list[float]]:
 
 
 def join_tokens(
-    values: Sequence | None, group: Sequence[int], device: torch.device
+    values: list[list[float]] | None, group: Sequence[int], device: torch.device
 ) -> Tensor | None:
     """[N] values of the tokens of a micro-batch, from the values of each sequence, if any."""
     if values is None:
         return None
-    return torch.cat([torch.as_tensor(values[number]) for number in group]).to(device)
+    return torch.tensor([value for number in group for value in values[number]], device=device)
 
 
 def answer_figures(rewards: Tensor, lengths: Tensor, room: int) -> dict[str, float]:

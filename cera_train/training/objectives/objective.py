@@ -24,8 +24,8 @@ class Update:
     loss: Callable[[Tensor, Sequence[int]], Tensor]
     """A micro-batch's part of the loss, a scalar whose gradients the processes average, from [N]
     log p of the supervised tokens of its sequences, one after the other, and their indices."""
-    figures: dict[str, float | Tensor] = field(default_factory=dict)
-    """For metrics.jsonl. The processes average tensors, to which each micro-batch adds its part."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """For metrics.jsonl; the same on every process."""
 
     @property
     def tokens(self) -> int:
