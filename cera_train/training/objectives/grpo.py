@@ -12,6 +12,7 @@ samples the same answers again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -142,7 +143,7 @@ class Grpo(Objective):
         lengths = torch.tensor(batches.supervised)
         # An answer with zero advantage has no gradient.
         sequences = advantages.nonzero().flatten().tolist() or [0]
-        figures = answer_figures(rewards, lengths.float(), self.config.max_new_tokens) | distances
+        figures = answer_figures(rewards, groups) | distances
         sampled = sampled_log_p(groups) if self.sampler.is_served else None
         # The processes average their gradients.
         weight = self.model.accelerator.num_processes / lengths.sum().to(batches.device)
@@ -218,19 +219,19 @@ def join_tokens(
     return torch.tensor([value for number in group for value in values[number]], device=device)
 
 
-def answer_figures(rewards: Tensor, lengths: Tensor, room: int) -> dict[str, float]:
+def answer_figures(rewards: Tensor, groups: list[list[Answer]]) -> dict[str, float]:
     """Figures of an update's answers, by the names that TRL logs.
 
     Args:
         rewards: [prompts, answers].
-        lengths: [prompts x answers] tokens.
-        room: the most tokens that an answer may have.
     """
     deviations = rewards.std(1)
+    answers = [answer for group in groups for answer in group]
     return {
         "train/reward": rewards.mean().item(),
         "train/reward_std": deviations.mean().item(),
         "train/frac_reward_zero_std": (deviations == 0).float().mean().item(),
-        "train/completions/mean_length": lengths.mean().item(),
-        "train/completions/clipped_ratio": (lengths == room).float().mean().item(),
+        "train/completions/mean_length": fmean(len(answer.ids) for answer in answers),
+        # An answer may end by its end token at the limit.
+        "train/completions/clipped_ratio": fmean(answer.generation.truncated for answer in answers),
     }

@@ -126,15 +126,22 @@ def test_the_loss_is_trls(tokenizer, tmp_path, is_served):
 
 
 def test_an_update_is_the_mean_over_the_tokens_of_its_answers(grpo, tokenizer, tmp_path):
-    """Each by its answer's advantage."""
-    run = build_run(grpo(), tmp_path)
+    """Each by its answer's advantage. Many tokens without a vowel end an answer."""
+    run = build_run(grpo("grpo.max_new_tokens=2"), tmp_path)
     run.move(0.1)
+    ends = [
+        token for token in range(len(tokenizer)) if not vowels("Say ", tokenizer.decode(token), "")
+    ]
+    run.model.language_model.causal_lm.generation_config.eos_token_id = ends[::2]
     drawn = run.objective.draw([0, 2, 3])
     batches = [drawn.batches.load([sequence]) for sequence in range(12)]
     answers = [batch.input_ids[batch.loss_mask] for batch in batches]
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     rewards = torch.tensor([vowels("Say ", text, "") for text in texts]).view(3, 4).float()
     assert drawn.figures["train/reward"] == pytest.approx(rewards.mean().item())
+    kinds = [(len(ids), ids[-1].item() in ends[::2]) for ids in answers]
+    assert {(2, True), (2, False)} <= {*kinds}
+    assert drawn.figures["train/completions/clipped_ratio"] == kinds.count((2, False)) / 12
     advantages = group_advantages(rewards).flatten()
     assert drawn.sequences == advantages.nonzero().flatten().tolist()
     for sequence in drawn.sequences:
