@@ -271,9 +271,11 @@ def prepare_windows(text: str, tokenizer: Any, window: int, limit: int | None) -
 # --- questions ------------------------------------------------------------------------------------
 
 
-def held_out_questions(config: DataConfig, tokenizer: Any) -> list[Iterator[Question]]:
-    """The first question of each held-out row, for each part of a mix."""
-    return [_first_questions(part, tokenizer) for _, part in config.parts()]
+def held_out_questions(config: DataConfig, tokenizer: Any) -> Iterator[Question]:
+    """The first question of each held-out row, of all parts of a mix in turn."""
+    parts = [_first_questions(part, tokenizer) for _, part in config.parts()]
+    in_turn = itertools.zip_longest(*parts)
+    return filter(None, itertools.chain.from_iterable(in_turn))
 
 
 def _first_questions(config: DataConfig, tokenizer: Any) -> Iterator[Question]:

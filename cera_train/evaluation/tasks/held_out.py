@@ -26,7 +26,7 @@ class EvaluationRows(jsonl.JsonlTask):
             self.config.prompt == "{question}",
             f"{name} asks as the run's rows do: leave out task.prompt, or {fix}.",
         )
-        questions = itertools.chain.from_iterable(held_out_questions(data, tokenizer))
+        questions = held_out_questions(data, tokenizer)
         for question in itertools.islice(questions, self.config.limit):
             with errors_at(question.place):
                 gold = self.gold({"answer": question.gold})
