@@ -101,8 +101,7 @@ def print_model(config: ModelConfig, model: Model) -> None:
 
 
 def print_adapter(config: AdapterConfig, model: Model, is_new: bool) -> None:
-    """The adapter, the projections and experts that it adapts, and those that all-linear leaves
-    out."""
+    """The adapter, and the projections and experts that it adapts."""
     adapted = model.adapted
     print_line(
         "adapter", f"{describe_adapter(config, rank(adapted))}: {model.trainable_count:,} trainable"
@@ -113,45 +112,30 @@ def print_adapter(config: AdapterConfig, model: Model, is_new: bool) -> None:
     if not find_branches(adapted):
         reason = "the adapter adds no B h with hidden units h beside a linear projection"
         print_line("spectrum", f"none: {reason}")
-    if targets := describe_targets(adapted):
-        print_line("coverage", targets)
-    if config.target_modules == "all-linear" and (left_out := describe_left_out(adapted)):
-        print_line("coverage", left_out)
+    if coverage := describe_coverage(adapted):
+        print_line("coverage", coverage)
 
 
-def describe_targets(model: nn.Module) -> str | None:
-    """How many projections have an adapter, of all with the same names: `q_proj v_proj: 60 of 60`.
-    None for a model without adapter layers."""
+def describe_coverage(model: nn.Module) -> str:
+    """How many projections and experts have an adapter, of all with the same names: `q_proj v_proj:
+    60 of 60; k_proj o_proj: 0 of 60`. A head without one is not counted. Empty for a model without
+    adapter layers."""
+    head = model.get_output_embeddings()
     total = Counter()
     adapted = Counter()
     for kind, module in projections(model):
-        total[kind] += 1
-        if isinstance(module, BaseTunerLayer):
-            adapted[kind] += 1
-    whole = [kind for kind in adapted if adapted[kind] == total[kind]]
-    groups = [[kind] for kind in adapted if kind not in whole]
-    if whole:
-        groups.insert(0, whole)
-
-    parts = []
-    for group in groups:
-        adapted_count = sum(adapted[kind] for kind in group)
-        total_count = sum(total[kind] for kind in group)
-        parts.append(f"{' '.join(group)}: {adapted_count} of {total_count}")
-    return "; ".join(parts) or None
-
-
-def describe_left_out(model: nn.Module) -> str | None:
-    """The projections and experts without an adapter, except for the head; None where there are
-    none."""
-    head = model.get_output_embeddings()
-    names = [
-        kind
-        for kind, module in projections(model)
-        if not isinstance(module, BaseTunerLayer) and module is not head
+        has_adapter = isinstance(module, BaseTunerLayer)
+        if has_adapter or module is not head:
+            total[kind] += 1
+            adapted[kind] += has_adapter
+    groups: dict[tuple[int, int], list[str]] = {}
+    for kind, count in total.items():
+        groups.setdefault((adapted[kind], count), []).append(kind)
+    parts = [
+        f"{' '.join(kinds)}: {len(kinds) * part} of {len(kinds) * whole}"
+        for (part, whole), kinds in groups.items()
     ]
-    kinds = ", ".join(dict.fromkeys(names))
-    return f"all-linear leaves out {len(names)} modules: {kinds}" if names else None
+    return "; ".join(parts) if adapted.total() else ""
 
 
 def projections(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

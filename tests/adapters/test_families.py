@@ -25,7 +25,7 @@ from cera_train.model.language_model import LanguageModel
 from cera_train.model.layout import choose_layout
 from cera_train.settings.model import Dtype
 from cera_train.settings.training import OptimizerConfig
-from cera_train.training.console import describe_targets
+from cera_train.training.console import describe_coverage
 from cera_train.training.optimizer import build_optimizer
 
 CONF = Path(__file__).parents[2] / "conf" / "adapter"
@@ -251,9 +251,11 @@ def test_what_trains_beside_an_adapter_is_float32_over_a_16_bit_base(adapter_of,
 
 def test_all_linear_of_a_lora_leaves_the_experts_of_a_mixture_out(adapter_of):
     base = tiny_model("deepseek_v3")
+    assert describe_coverage(base) == ""
     model = build.build(base, adapter_of("lora"))
     attention = "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj o_proj"
-    assert describe_targets(model) == f"{attention}: 10 of 10"
+    left_out = "gate_proj up_proj down_proj: 0 of 6; experts: 0 of 1"
+    assert describe_coverage(model) == f"{attention}: 10 of 10; {left_out}"
 
     named = replace(adapter_of("lora"), target_modules=["o_proj", "down_proj"])
     with pytest.raises(UserError, match=r"takes a name among these for experts \(down_proj\) of"):
