@@ -11,16 +11,12 @@ from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any, NamedTuple
 
-import jinja2
-import jinja2.meta
-import jinja2.sandbox
-
-from cera_train.common.errors import UserError, error_text, errors_as, errors_at
+from cera_train.common.errors import UserError, error_text, errors_at
 from cera_train.common.settings import require
 from cera_train.data.rows import Row, as_text
 
-GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "namespace"}
-"""Variables of a template that the caller fills, or that transformers does."""
+GIVEN = {"messages", "tools", "add_generation_prompt"}
+"""Variables of a template that the caller fills."""
 
 SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates open or close reasoning in the generation prompt."""
@@ -89,7 +85,7 @@ class ChatTemplate:
             )
         except Exception as error:  # a template is a program, and raises what it likes
             reason = error_text(error) or type(error).__name__
-            fix = "Fix the row, or use data.chat=plain."
+            fix = "Fix the row or chat_template.jinja, or use data.chat=plain."
             raise Refusal(f"the chat template refuses these messages: {reason}. {fix}") from error
         text = as_text(text, "the chat")
         return text.removesuffix(self.without) if is_prompt else text
@@ -203,7 +199,7 @@ def open_templates(
         own: the row's `chat_template_kwargs`, which win.
 
     Raises:
-        UserError: the template is malformed, or has no variable of that name.
+        UserError: the template has no variable of that name.
     """
     text = tokenizer.get_chat_template(None, tools)
     return _with_settings(tokenizer, text, json.dumps(settings), json.dumps(own))
@@ -211,42 +207,28 @@ def open_templates(
 
 @functools.lru_cache(maxsize=256)
 def _with_settings(tokenizer: Any, text: str, settings: str, own: str) -> tuple[ChatTemplate, ...]:
-    variables = variables_of(text)
+    words = {*re.findall(r"\w+", text)}  # its variables, and more
     places = {
         f"template_settings={settings}": json.loads(settings),
         "column 'chat_template_kwargs'": json.loads(own),
     }
     values = {}
     for place, chosen in places.items():
-        known = ", ".join(sorted(variables - GIVEN)) or "none"
         for name in chosen:
             require(
-                name in variables - GIVEN or name == WITHOUT,
-                f"{place}: this model's chat template has no variable {name!r}. It has: {known}.",
+                name in words - GIVEN or name == WITHOUT,
+                f"{place}: this model's chat template has no variable {name!r}: leave it out.",
             )
         values |= chosen
     dated = with_date(text, values.pop(DATE, TODAY))
     without = as_text(values.pop(WITHOUT, ""), f"data.template_settings: {WITHOUT}")
-    switches = tuple(name for name in SWITCHES if name in variables)
+    switches = tuple(name for name in SWITCHES if name in words)
     added = tokenizer.added_tokens_decoder.values()
     special = tuple(token.content for token in added if token.special)
     template = ChatTemplate(tokenizer, dated, values, special, switches, without=without)
     if not takes_text(template):
         template = replace(template, forms=(with_parts,))
     return template, replace(template, forms=(with_arguments_as_json, *template.forms))
-
-
-@functools.lru_cache(maxsize=64)
-def variables_of(text: str) -> frozenset[str]:
-    """The variables of a template that it does not set itself."""
-    # transformers knows one more statement, which marks what is generated.
-    text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        extensions=["jinja2.ext.loopcontrols"]
-    )
-    fix = "Fix chat_template.jinja beside the model's tokenizer, or use data.chat=plain."
-    with errors_as("the chat template is malformed", fix):
-        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(text)))
 
 
 def with_date(text: str, today: str) -> str:
