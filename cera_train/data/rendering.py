@@ -34,8 +34,7 @@ def fitting(chat: Chat, templates: Sequence[ChatTemplate]) -> ChatTemplate:
     """
     marks = Placeholders()
     marked = [marks.message(message) for message in chat.messages]
-    tools = [marks.tool(tool) for tool in chat.tools or []]
-    shape = json.dumps([marked, chat.given, chat.supervised, tools])
+    shape = json.dumps([marked, chat.given, chat.supervised, chat.tools])
     faults = []
     for template in templates:
         fault = dropped_part(shape, template)
@@ -95,7 +94,8 @@ def check_renders_all(chat: Chat, template: ChatTemplate) -> None:
     rendered = "".join(exchange.prompt + exchange.answer for exchange in sequences[-1])
     answers = [exchange.answer for sequence in sequences for exchange in sequence]
     for tool in chat.tools or []:
-        check_rendered("column 'tools'", tool["function"]["name"], sequences[0][0].prompt)
+        name = str(tool["function"].get("name", ""))
+        check_rendered("column 'tools'", name, sequences[0][0].prompt)
     for number, message in enumerate(chat.messages):
         place = f"messages[{number}], of role {message['role']!r},"
         is_answer = number in chat.supervised
@@ -126,19 +126,15 @@ ARGUMENT = "city"
 
 
 class Placeholders:
-    """Copies of messages and tools in which a mark stands for each text: equal copies have the same
-    shape. A name has the same mark everywhere."""
+    """Copies of messages in which a mark stands for each text: equal copies have the same shape.
+    Tools and names stand for themselves."""
 
     def __init__(self) -> None:
-        self.names: dict[str, str] = {}
         self.count = 0
 
     def text(self) -> str:
         self.count += 1
         return f"mark{self.count:05}"
-
-    def name(self, name: str) -> str:
-        return self.names.setdefault(name, f"name{len(self.names):05}")  # ids of Mistral have nine
 
     def message(self, message: Row) -> Row:
         marked: Row = {"role": message["role"], "content": ""}
@@ -148,22 +144,10 @@ class Placeholders:
             marked["content"] = f"<think>\n{self.text()}\n</think>\n\n{marked['content']}"
         thought = self.text() if message.get("reasoning_content") else None
         marked |= {key: thought for key in REASONING if key in message}
-        marked |= {
-            key: self.name(message[key]) for key in ("name", "tool_call_id") if key in message
-        }
+        marked |= {key: message[key] for key in ("name", "tool_call_id") if key in message}
         if "tool_calls" in message:
             marked["tool_calls"] = [self.call(call) for call in message["tool_calls"]]
         return marked
 
     def call(self, call: Row) -> Row:
-        name = self.name(call["function"]["name"])
-        function = {"name": name, "arguments": {ARGUMENT: MARK}}
-        marked = {"type": "function", "function": function}
-        return marked | ({"id": self.name(call["id"])} if "id" in call else {})
-
-    def tool(self, tool: Row) -> Row:
-        values = {"type": "object", "required": [ARGUMENT]}
-        values["properties"] = {ARGUMENT: {"type": "string", "description": "A city."}}
-        name = self.name(str(tool["function"].get("name")))
-        function = {"name": name, "description": "A tool.", "parameters": values}
-        return {"type": "function", "function": function}
+        return call | {"function": call["function"] | {"arguments": {ARGUMENT: MARK}}}
