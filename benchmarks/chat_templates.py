@@ -5,6 +5,7 @@ writes docs/chat_templates.md.
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -99,11 +100,15 @@ def cell_of(row: dict[str, Any], tokenizer: Any) -> str:
     """What becomes of a chat, in few words."""
     config = DataConfig(layout="messages", train_files=["chats.jsonl"], eval_rows=1)
     try:
-        examples = Reader(config, tokenizer).examples([("a chat", row)])
+        sequences = Reader(config, tokenizer).sequences(row)
     except UserError as error:
         return next(short for part, short in REFUSALS.items() if part in str(error))
-    openings = {example.opening for example in examples} - {""}
-    notes = [f"{len(examples)} sequences"] if len(examples) > 1 else []
+    openings = {
+        f"{name}={json.dumps(value)}"
+        for exchanges in sequences
+        for name, value in exchanges[0].opening.items()
+    }
+    notes = [f"{len(sequences)} sequences"] if len(sequences) > 1 else []
     cell = ", ".join([*notes, *sorted(openings)]) or YES
     return re.sub(r'"(.+?)"', r"`\1`", cell)
 

@@ -2,7 +2,6 @@
 imports torch."""
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -50,25 +49,12 @@ def print_data(
     is_learned, line = describe_stop(train, config.max_length, stops, tokenizer)
     if at_length or not is_learned:
         print_line("stop", line)
-    for line in describe_openings(train):
-        print_line("prompt", line)
     shown = {0}
     if at_length:
         shown.add(len(train) // config.sequences // 2 * config.sequences)
     for row in sorted(shown):
         for sequence in range(row, row + config.sequences):
             print_example(stretches_of(train, sequence, tokenizer))
-
-
-def describe_openings(rows: TokenizedRows) -> Iterator[str]:
-    """How many sequences follow another prompt than that of inference by default."""
-    openings = Counter(rows.column("opening"))
-    del openings[""]
-    for opening, count in openings.most_common():
-        yield (
-            f"{count:,} of {len(rows):,} sequences follow the generation prompt {opening}, since "
-            f"their answers do not fit the default one"
-        )
 
 
 def describe_layouts(config: DataConfig, tokenizer: Any) -> Iterator[str]:

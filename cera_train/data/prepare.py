@@ -32,7 +32,6 @@ SCHEMA = pyarrow.schema(
         "has_answer": pyarrow.bool_(),
         "truncated": pyarrow.bool_(),
         "continues": pyarrow.bool_(),
-        "opening": pyarrow.string(),
         "length": pyarrow.int32(),
         "supervised": pyarrow.int32(),
     }
@@ -240,6 +239,7 @@ def _tokenize(source: Source, reader: Reader) -> TokenizedRows:
     file = cached_folder(folder, write) / "rows.arrow"
     with errors_as(f"{file} is broken", f"Remove {file.parent}: it is written anew."):
         table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all()
+        table = table.select(SCHEMA.names)  # 0.2.0 wrote another column
     rows = TokenizedRows(table, digest)
     if not rows:
         empty, beyond = rows.dropped

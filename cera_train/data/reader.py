@@ -7,7 +7,6 @@ Nothing here imports torch."""
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -51,8 +50,6 @@ class Example:
     truncated: bool = False
     continues: bool = False
     """Whether it holds more answers of the row of the example before."""
-    opening: str = ""
-    """That of its first prompt, for display; empty where inference opens it so by default."""
 
     def columns(self) -> dict[str, Any]:
         return vars(self) | {"length": len(self.input_ids), "supervised": sum(self.loss_mask)}
@@ -260,8 +257,6 @@ class Reader:
             input_ids += prompt + answer
             supervised += [False] * len(prompt) + [exchange.supervised] * len(answer)
         key = hashlib.blake2b(key_text(exchanges).encode(), digest_size=16).hexdigest()
-        changed = next(exchange.opening for exchange in exchanges if exchange.supervised)
-        opening = " ".join(f"{name}={json.dumps(value)}" for name, value in changed.items())
         step = self.config.max_length - len(self.start)
         is_document = self.config.layout == Layout.documents
         firsts: Iterable[int] = [0]
@@ -283,7 +278,6 @@ class Reader:
                 has_answer,
                 len(input_ids) > step and not is_document,
                 continues,
-                opening,
             )
 
 

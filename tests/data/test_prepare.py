@@ -104,7 +104,7 @@ def test_a_prompt_in_both_splits_is_an_error_unless_allowed(config_of, tokenizer
 
 
 def test_the_same_rows_come_from_the_cache_even_from_another_path(
-    config_of, tokenizer, reads, tmp_path, monkeypatch
+    config_of, tokenizer, reads, cache, tmp_path, monkeypatch
 ):
     # Make its import fail: it takes half a second.
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -116,6 +116,12 @@ def test_the_same_rows_come_from_the_cache_even_from_another_path(
     padding = copy.deepcopy(tokenizer)  # pads and truncates by itself
     padding.backend_tokenizer.enable_padding(length=64)
     padding.backend_tokenizer.enable_truncation(max_length=5)
+    for file in cache.glob("*/rows.arrow"):
+        table = pyarrow.ipc.open_stream(file.read_bytes()).read_all()
+        opened = table.append_column("opening", [[""] * len(table)])  # as 0.2.0 wrote it
+        file.unlink()  # `first` reads it
+        with pyarrow.ipc.new_stream(str(file), opened.schema) as writer:
+            writer.write_table(opened)
     again = prepare_data(config, copy.deepcopy(tokenizer))
     assert len(reads) == 3
     for one, other in ((first.train, again.train), (first.evaluation, again.evaluation)):
