@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from cera_train.cli.config import announce_imports, register_plugins, to_config
 from cera_train.cli.joblib import Joblib
 from cera_train.cli.start import print_error
-from cera_train.cli.train import TRAIN, prepare, run
+from cera_train.cli.train import TRAIN, run
 from cera_train.common.settings import require
 from cera_train.distributed.processes import is_main_process, is_one_of_several
 from cera_train.runs.tracking import WANDB_NAME
@@ -49,7 +49,7 @@ def run_job(composed: DictConfig) -> float | None:
     try:
         job.start()
         os.environ.setdefault("WANDB_RUN_GROUP", job.sweep.name[:WANDB_NAME])
-        return run(replace(prepare(composed), output_dir=str(job.sweep), name=job.name))
+        return run(replace(to_config(composed), output_dir=str(job.sweep), name=job.name))
     except Exception as error:
         job.fail(print_error(TRAIN, error) or f"a bug: {type(error).__name__}: {error}")
         if is_one_of_several():

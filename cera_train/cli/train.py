@@ -2,7 +2,6 @@
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ from omegaconf import DictConfig
 
 from cera_train.cli.config import call, start_hydra, to_config
 from cera_train.cli.start import errors_in_one_line
-from cera_train.common.settings import key_of, require
+from cera_train.common.settings import require
 from cera_train.common.terminal import print_command
 from cera_train.common.trust import redact
 from cera_train.distributed.processes import join_slurm_step
-from cera_train.runs.records import changes_result
 from cera_train.settings.run import Config
 from cera_train.sweep import RECORD
 
@@ -36,7 +34,7 @@ def main() -> None:
 
 def look(composed: DictConfig) -> None:
     """Prints the rows, and the command that trains on them."""
-    call("cera_train.training.console:print_run_rows", prepare(composed))
+    call("cera_train.training.console:print_run_rows", to_config(composed))
     print_command("train it", [TRAIN, *map(redact, sys.argv[1:])])
 
 
@@ -48,20 +46,7 @@ def train_job(composed: DictConfig) -> float | None:
         from cera_train.cli.sweep import run_job
 
         return run_job(composed)
-    return run(prepare(composed))
-
-
-def prepare(composed: DictConfig) -> Config:
-    """The checked config of a run as composed."""
-    config = to_config(composed)
-    if not is_as_published(HydraConfig.get().overrides.task):
-        config = replace(config, published={})
-    return config
-
-
-def is_as_published(overrides: list[str]) -> bool:
-    """Whether the paper's figures of a recipe still apply: no override changes the result."""
-    return all(key == "recipe" or not changes_result(key) for key in map(key_of, overrides))
+    return run(to_config(composed))
 
 
 def run(config: Config) -> float | None:

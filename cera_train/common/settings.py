@@ -83,8 +83,8 @@ def section_of(hint: Any) -> type | None:
 
 def changes_of(schema: type, key: str) -> Changes:
     """What a key changes: for a section, the strongest change of its settings; for an unknown key,
-    `result`. A key below a free-form setting, such as published.math/exact/pass@1, changes what the
-    setting does."""
+    `result`. A key below a free-form setting, such as train.task_settings.gsm8k.limit, changes what
+    the setting does."""
     changes = [field.metadata["changes"] for field in fields_at(schema, key)]
     return min(changes, key=list(Changes).index, default=Changes.result)
 

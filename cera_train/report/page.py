@@ -1,5 +1,5 @@
-"""The page of runs side by side: a row for each run and a column for each figure, the paper's
-beside ours where a recipe names one; paired tests; settings that differ; pictures and notes."""
+"""The page of runs side by side: a row for each run and a column for each figure; paired tests;
+settings that differ; pictures and notes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,13 +16,13 @@ from cera_train.report.document import Page, Table
 from cera_train.report.forest import Forest, Group, row_of
 from cera_train.report.pictures import curves, spectra
 from cera_train.report.readers import read_runs
-from cera_train.report.runs import Evaluation, Metric, Run, group_by
+from cera_train.report.runs import Figure, Metric, Run, group_by
 from cera_train.runs.results import SPECTRUM_TERMS, describe_linear_share
 from cera_train.settings.run import Config
 
 CAPTION = (
     "Exact is the task's published rule, verified mathematical equality by math-verify or exact. "
-    "Below an accuracy: its 95 % interval over problems. Difference: ours minus the paper's."
+    "Below an accuracy: its 95 % interval over problems."
 )
 TESTS = (
     "On the same problems; the verdict is on the first-named run, and beside 'not shown' stands "
@@ -93,7 +93,7 @@ def forest_of(tests: Sequence[PairedTest]) -> Forest | None:
 
 
 def table_of_runs(runs: Sequence[Run]) -> Table:
-    """The results that runs have, and those of the paper that their recipes name."""
+    """The results that runs have."""
     return Table("Runs", list(map(_row, runs)), CAPTION)
 
 
@@ -133,23 +133,18 @@ def _costs(run: Run) -> dict[str, str]:
 def _task_cells(run: Run) -> dict[str, str]:
     """The figures of its evaluations."""
     return {
-        f"{task} {metric.label}": _metric_cell(run, task, evaluation, metric)
+        f"{task} {metric.label}": _metric_cell(metric, figure)
         for task, evaluation in run.evaluations.items()
-        for metric in evaluation.figures
+        for metric, figure in evaluation.figures.items()
     }
 
 
-def _metric_cell(run: Run, task: str, evaluation: Evaluation, metric: Metric) -> str:
-    key = f"{task}/{metric.key}"
-    value, interval = evaluation.figures[metric]
-    notes = []
-    if interval:
-        notes.append(f"{100 * interval[0]:.1f} to {interval[1]:.1%}")
-    notes += _paper(run, key, value, metric.is_share)
-    limit = evaluation.settings.get("task.limit")
-    if limit is not None and key in run.published:
-        notes.append(f"ours of the first {limit:,} problems")
-    return cell(value, "{:.1%}" if metric.is_share else "{:.3f}", *notes)
+def _metric_cell(metric: Metric, figure: Figure) -> str:
+    interval = ""
+    if figure.interval:
+        lower, upper = figure.interval
+        interval = f"{100 * lower:.1f} to {upper:.1%}"
+    return cell(figure.value, "{:.1%}" if metric.is_share else "{:.3f}", interval)
 
 
 def cell(value: float | None, form: str | Callable[[float], str], *notes: str) -> str:
@@ -174,15 +169,4 @@ def _perplexity(run: Run) -> str:
         notes.append(f"{state} at update {run.metrics.last_update:,}")
     if None not in (value, best, figures.best_update) and best < value:
         notes.append(f"best {best:.3f} at update {figures.best_update:,}")
-    return cell(value, "{:.3f}", *notes, *_paper(run, "eval/perplexity", value))
-
-
-def _paper(run: Run, key: str, value: float | None, is_share: bool = False) -> list[str]:
-    """The published figure and ours minus it: in percentage points for a share, else as it is."""
-    published = run.published.get(key)
-    if None in (published, value):
-        return []
-    paper = f"paper {published:.2%}" if is_share else f"paper {published:.2f}"
-    difference = value - published
-    text = f"{100 * difference:+.2f} points" if is_share else f"{difference:+.2f}"
-    return [paper, f"difference {text}"]
+    return cell(value, "{:.3f}", *notes)

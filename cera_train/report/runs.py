@@ -24,7 +24,6 @@ Scores = dict[str, float]
 class Metric(NamedTuple):
     """A number of result.json that a report shows."""
 
-    key: str
     label: str  # follows the task's name in the column's header
     is_share: bool = True  # shown in per cent; False: a number with three decimals
 
@@ -55,7 +54,7 @@ class Evaluation:
     def of_scores(cls, scores: dict[str, Scores], **others: Any) -> "Evaluation":
         """An evaluation whose figures are the means of its scores."""
         figures = {
-            Metric(rule, rule): Figure(
+            Metric(rule): Figure(
                 fmean(by_problem.values()), accuracy_interval([*by_problem.values()])
             )
             for rule, by_problem in scores.items()
@@ -80,8 +79,6 @@ class Run:
     environment: Environment = field(default_factory=Environment)
     spectrum: list[float] = field(default_factory=list)
     """Singular values over their sum, in the mean over modules."""
-    published: dict[str, float] = field(default_factory=dict)
-    """The paper's figures, by a key of result.json or by TASK/METRIC."""
     notes: list[str] = field(default_factory=list)  # what its reader left out
 
     @property

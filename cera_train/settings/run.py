@@ -47,9 +47,6 @@ class Config(Settings):
     name: FolderName = setting("default", "nothing")
     """The run's folder is output_dir/name."""
     output_dir: str = setting("outputs", "nothing")
-    published: dict[str, float] = setting(dict, "nothing")
-    """The paper's figures for this recipe, for cera-report, by a key of result.json or TASK/METRIC
-    of an evaluation. Overriding a setting that changes the result empties it."""
 
     def __post_init__(self) -> None:
         length = self.data.max_length

@@ -19,7 +19,6 @@ from commands import WITHOUT_TORCH, command, python
 import cera_train
 from cera_train import __version__
 from cera_train.cli.mistakes import SCHEMAS
-from cera_train.cli.train import is_as_published
 from cera_train.common.errors import explain
 from cera_train.common.files import options
 from cera_train.common.settings import Changes, section_of
@@ -159,18 +158,6 @@ def test_a_closed_stream_or_a_letter_that_the_output_lacks_ends_no_command(
     words = ["-c", f'exec "$0" -c "$1" {closed}', sys.executable, STREAMS]
     done = command("/bin/sh", *words, cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout) == (0, printed)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "kept"),
-    [
-        (["+recipe=math_r64", "name=mine", "tracker=wandb", "train.micro_batch_tokens=8192"], True),
-        (["+recipe=math_r64", "adapter.r=32"], False),
-        (["+recipe=math_r64", "model=llama3_2_1b"], False),
-    ],
-)
-def test_the_papers_figures_hold_only_for_what_the_paper_ran(overrides, kept):
-    assert is_as_published(overrides) == kept
 
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate")

@@ -94,7 +94,7 @@ def test_folders_of_lm_eval_are_compared_with_its_own_accuracies(folders):
         [path] = folder.glob("*/results_*.json")
         results = read_json(path)["results"]
         figures = {
-            (task, metric.key): figure.value
+            (task, metric.label): figure.value
             for task, evaluation in run.evaluations.items()
             for metric, figure in evaluation.figures.items()
         }

@@ -176,7 +176,6 @@ def test_a_job_gets_the_sweeps_folder_whatever_its_recipe_is_named(
         ("outputs/main", "recipe=math_r64"),
         ("outputs/main", "recipe=math_dora_r64"),
     ]
-    assert [bool(config.published) for config in counted] == [True, True]  # they are as published
     assert os.environ["WANDB_RUN_GROUP"] == "main"
 
 

@@ -61,7 +61,6 @@ def find_own_run(folder: Path) -> Run | None:
         metrics=read_metrics(folder / METRICS),
         environment=environment_of(folder),
         spectrum=mean_spectrum(folder / SPECTRUM),
-        published=config.published,
     )
 
 
@@ -110,7 +109,7 @@ def read_evaluation(folder: Path) -> Evaluation:
         return Evaluation({}, settings=settings)
     if isinstance(result, PerplexityResult):
         figures = {
-            Metric(field, label, is_share=False): Figure(getattr(result, field))
+            Metric(label, is_share=False): Figure(getattr(result, field))
             for field, label in PERPLEXITIES.items()
         }
         return Evaluation(figures, settings=settings)
@@ -138,7 +137,7 @@ def _figures(result: AccuracyResult) -> Iterator[tuple[Metric, Figure]]:
     ]
     for key in [*rates, *shares]:
         label = re.sub("[/_]", " ", re.sub("/(pass@1|mean)$", "", key))
-        yield Metric(key, label), Figure(result.figure(key), accuracies.get(key))
+        yield Metric(label), Figure(result.figure(key), accuracies.get(key))
 
 
 def _paired_scores(folder: Path) -> dict[str, Scores]:
