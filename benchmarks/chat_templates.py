@@ -109,8 +109,7 @@ def cell_of(row: dict[str, Any], tokenizer: Any) -> str:
         for name, value in exchanges[0].opening.items()
     }
     notes = [f"{len(sequences)} sequences"] if len(sequences) > 1 else []
-    cell = ", ".join([*notes, *sorted(openings)]) or YES
-    return re.sub(r'"(.+?)"', r"`\1`", cell)
+    return re.sub(r'"(.+?)"', r"`\1`", ", ".join([*notes, *sorted(openings)]) or YES)
 
 
 REFUSALS = {
