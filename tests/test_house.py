@@ -113,7 +113,7 @@ BUDGETS = {
     "cera_train/cli": 5_947,
     "cera_train/common": 4_815,
     "cera_train/data": 15_655,
-    "cera_train/distributed": 2_353,
+    "cera_train/distributed": 2_357,
     "cera_train/evaluation": 15_132,
     "cera_train/model": 8_192,
     "cera_train/planning": 5_690,

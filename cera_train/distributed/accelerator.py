@@ -68,8 +68,8 @@ def start_accelerator(
                 DistributedDataParallelKwargs(broadcast_buffers=False),
             ],
         )
-    except torch.distributed.DistError as error:
-        # A launcher's variables may be left over.
+    except (torch.distributed.DistError, ValueError) as error:
+        # A launcher's variables may be left over, or some missing.
         where = ", ".join(f"{name}={os.environ.get(name)}" for name in MEETING)
         cause = str(error).splitlines()[0].rstrip(".")
         raise UserError(

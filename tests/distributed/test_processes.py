@@ -259,9 +259,17 @@ def test_variables_of_a_launcher_that_is_gone_are_named(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_a_rank_without_the_number_of_processes_would_train_alone(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match="several processes were started"):
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"RANK": "0"}, "several processes were started"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR=None, .* unset RANK WORLD_SIZE"),
+    ],
+)
+def test_a_part_of_a_launchers_variables_is_one_line(monkeypatch, variables, named):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=named):
         start_accelerator(ModelConfig("m", dtype="float32"), None, DistributedConfig())
     AcceleratorState._reset_state(reset_partial_state=True)
 
