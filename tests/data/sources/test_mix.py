@@ -1,19 +1,13 @@
 """Several data sets as one: how many rows of each, which ones, in what order; what they share with
 runs on one of them."""
 
-import itertools
 import re
 from collections import Counter
 
 import pytest
 from examples import CONVERSATION, texts_of, with_changes
 
-from cera_train.data.prepare import (
-    held_out_questions,
-    prepare_data,
-    prepare_evaluation,
-    training_questions,
-)
+from cera_train.data.prepare import prepare_data, prepare_evaluation, training_questions
 from cera_train.data.sources import drawn_rows, interleaved, rows_of_parts
 from cera_train.settings.data import DataConfig, MixPart
 
@@ -129,12 +123,6 @@ def test_an_epoch_asks_its_share_of_each_part_without_prompts_that_are_too_long(
     questions = training_questions(config, tokenizer)
     assert Counter(question.prompt[0] for question in questions) == {"a": 6, "b": 6}
     assert ("b", ("it " * 99).strip()) in [(each.prompt, each.gold) for each in questions]
-
-
-def test_held_out_rows_of_all_parts_are_asked_in_turn(part, tokenizer):
-    questions = held_out_questions(mix(part("a", 9), part("b", 9)), tokenizer)
-    asked = [question.prompt for question in itertools.islice(questions, 3)]
-    assert asked == ["a7?", "b7?", "a8?"]
 
 
 def test_a_part_has_its_own_layout_and_templates_or_those_of_data(part, write_jsonl, tokenizer):

@@ -78,7 +78,7 @@ def held_out_problems(data: DataConfig, tokenizer, **changes) -> list[tuple[str,
     return [(problem.prompt, problem.gold) for problem in problems]
 
 
-def test_the_questions_of_held_out_are_the_evaluation_rows_of_every_part(write_jsonl, tokenizer):
+def test_held_out_asks_the_evaluation_rows_of_all_parts_in_turn(write_jsonl, tokenizer):
     qa = write_jsonl(
         "qa.jsonl",
         [{"q": f"1 + {n}?", "a": f"It is {n + 1}"} for n in range(4)] + [{"q": "?", "a": ""}],
@@ -92,9 +92,10 @@ def test_the_questions_of_held_out_are_the_evaluation_rows_of_every_part(write_j
     data = DataConfig(prompt="x", completion="{y}", chat="plain", eval_rows=1, mix=parts)
     sums = [("1 + 2? ", "It is 3"), ("1 + 3? ", "It is 4")]
     plain = ("User: 2 + 2?\nAssistant:", "It is 4.")
-    assert held_out_problems(data, tokenizer) == [*sums, plain]
+    assert held_out_problems(data, tokenizer) == [sums[0], plain, sums[1]]
     assert held_out_problems(data, tokenizer, grader="number", limit=2) == [
-        (prompt, gold[-1]) for prompt, gold in sums
+        (sums[0][0], "3"),
+        (plain[0], "4"),
     ]
 
 
