@@ -4,7 +4,8 @@ token by its adapter.
 vLLM computes a LoRA as shrink, z = x A^T, and expand, y += z B^T. CeRA needs y += gate(z) B^T, and
 the tokens of a batch may belong to different adapters; LoRA is the identity gate. Each slot for an
 adapter holds a gate's code; a step gathers one code a token; expand computes every gate and keeps
-the one of the code, so the graph is the same for every batch.
+the one of the code, so the graph is the same for every batch. On a CPU there is no graph: expand
+computes only the gates of its batch.
 
 vLLM loads this in each of its processes, through the entry point `vllm.general_plugins`, which is
 public; where it computes a LoRA is not. So `REPLACED` lists every function that is replaced or
@@ -36,6 +37,8 @@ LORA = GATES.index("identity")
 NO_ADAPTER = len(GATES)
 """The code of tokens of the bare base. Their hidden units are zero: vLLM's CPU wrapper reads the
 last slot's."""
+
+ALL_CODES = (*range(len(GATES)), NO_ADAPTER)
 
 
 def register() -> None:
@@ -198,6 +201,7 @@ def gated_wrapper(original: Callable, *arguments: Any, **settings: Any) -> Any:
     wrapper.slot_codes[-1] = NO_ADAPTER  # where slot -1 points
     # as long as a batch may be; the public `token_lora_indices` is as long as the last batch
     wrapper.token_codes = torch.full_like(wrapper._token_lora_indices[:, None], LORA)
+    wrapper.is_cpu = wrapper.token_codes.is_cpu
     # Made once: the kernels of a GPU keep all weights that they were ever called with.
     shape = (lora_config.max_loras, 1, lora_config.max_lora_rank, 32)
     dtype = lora_config.lora_dtype
@@ -233,7 +237,12 @@ def computes(wrapper: Any, code: int) -> bool:
 
 def with_gates(kind: type) -> type:
     """The wrapper of a platform, whose methods a step of vLLM calls for every LoRA product, with
-    gates."""
+    gates.
+
+    A graph, compiled or captured, serves every batch, so it has every gate. On a CPU vLLM makes
+    no graph where there are adapters, so a step computes only the gates of its batch: none for a
+    batch of LoRA.
+    """
 
     class Gated(kind):
         def update_metadata(self, *arguments: Any, **settings: Any) -> None:
@@ -241,6 +250,8 @@ def with_gates(kind: type) -> type:
             super().update_metadata(*arguments, **settings)
             codes = self.slot_codes[self.token_lora_indices]
             self.token_codes[: len(codes), 0] = codes
+            if self.is_cpu:  # a GPU would have to wait
+                self.batch_codes = tuple(sorted(set(codes.tolist())))
 
         def add_expand(self, y: torch.Tensor, x: Any, *arguments: Any, **settings: Any) -> Any:
             """y += gate(x) B^T. By now x is whole: gathered, or summed over the processes of tensor
@@ -249,9 +260,16 @@ def with_gates(kind: type) -> type:
             Args:
                 x: [slices, tokens, r], or one [tokens, r] a slice.
             """
-            codes = self.token_codes[: x[0].shape[0]]
-            is_stacked = isinstance(x, torch.Tensor)
-            x = gate(x, codes) if is_stacked else tuple(gate(z, codes) for z in x)
+            is_graph = not self.is_cpu or torch.compiler.is_compiling()
+            among = ALL_CODES if is_graph else self.batch_codes
+            if among == (NO_ADAPTER,):
+                return None  # nothing to add
+            if among != (LORA,):
+                codes = self.token_codes[: x[0].shape[0]]
+                if isinstance(x, torch.Tensor):
+                    x = gate(x, codes, among)
+                else:
+                    x = tuple(gate(z, codes, among) for z in x)
             return super().add_expand(y, x, *arguments, **settings)
 
     Gated.__qualname__ = Gated.__name__ = f"Gated{kind.__name__}"
@@ -262,17 +280,19 @@ def formula(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return getattr(functional, name) if name != "identity" else torch.positive
 
 
-def gate(z: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+def gate(z: torch.Tensor, codes: torch.Tensor, among: tuple[int, ...]) -> torch.Tensor:
     """The gate of each token's code; zero for tokens without an adapter.
 
     Args:
         z: [..., tokens, r].
         codes: [tokens, 1].
+        among: the codes there are, ascending.
     """
-    h = z.masked_fill(codes == NO_ADAPTER, 0)
-    for code, name in enumerate(GATES):
-        h = torch.where(codes == code, formula(name)(z), h)
-    return h
+    first, *others = [code for code in among if code != NO_ADAPTER]
+    h = formula(GATES[first])(z)
+    for code in others:
+        h = torch.where(codes == code, formula(GATES[code])(z), h)
+    return h.masked_fill(codes == NO_ADAPTER, 0) if NO_ADAPTER in among else h
 
 
 def hash_with_gates(original: Callable, config: Any) -> str:

@@ -20,7 +20,7 @@ def test_the_plugin_knows_every_gate_of_cera():
 def test_each_token_has_the_gate_of_its_code(shape):
     z = torch.randn(shape)
     codes = torch.tensor([0, 1, 2, 3, plugin.NO_ADAPTER, 1])
-    h = plugin.gate(z, codes[:, None])
+    h = plugin.gate(z, codes[:, None], plugin.ALL_CODES)
     for token, code in enumerate(codes.tolist()):
         wanted = 0 * z if code == plugin.NO_ADAPTER else plugin.formula(plugin.GATES[code])(z)
         assert h[..., token, :].equal(wanted[..., token, :])

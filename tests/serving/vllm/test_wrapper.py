@@ -65,7 +65,9 @@ def wrapper_of(kind: type):
         max_loras=SLOTS, max_lora_rank=R, lora_dtype=DTYPE, specialize_active_lora=False
     )
     settings = {"max_batches": 8, "device": "cpu", "lora_config": config}
-    return plugin.gated_wrapper(kind, 16, **settings)
+    wrapper = plugin.gated_wrapper(kind, 16, **settings)
+    wrapper.is_cpu = not INTERPRETED
+    return wrapper
 
 
 @pytest.fixture
