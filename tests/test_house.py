@@ -119,7 +119,7 @@ BUDGETS = {
     "cera_train/planning": 5_690,
     "cera_train/report": 8_117,
     "cera_train/runs": 8_317,
-    "cera_train/serving": 7_641,
+    "cera_train/serving": 7_771,
     "cera_train/settings": 6_742,
     "cera_train/study": 7_366,
     "cera_train/sweep": 3_512,
