@@ -134,8 +134,8 @@ def _sliced(split: str, splits: dict[str, int], limit: int | None) -> int:
 
 
 def check_tasks(config: PlanRun, read: tuple[PlanRun, Data] | None, positions: int | None) -> None:
-    """Raises UserError where the run would refuse its tasks; of rows or problems on the
-    Hub, only for the settings of a task.
+    """Raises UserError where the run would refuse its tasks; of rows or problems on the Hub, only
+    for the settings of a task.
 
     Args:
         read: by `read_rows`.
