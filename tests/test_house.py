@@ -123,7 +123,7 @@ BUDGETS = {
     "cera_train/settings": 6_742,
     "cera_train/study": 7_366,
     "cera_train/sweep": 3_512,
-    "cera_train/training": 11_753,
+    "cera_train/training": 11_785,
     "cera_train/verdicts": 3_250,
     "cera_train": 130_000,
     "tests": 128_000,

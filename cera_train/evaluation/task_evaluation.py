@@ -120,9 +120,9 @@ class TaskEvaluations:
         self.sampler = sampler
         self.accelerator = sampler.accelerator
         self.evaluations = evaluations_of(config, sampler.tokenizer, sampler.engine.positions)
-        self.sampled = []
-        if self.sample_count:
-            self.sampled = [each.first(self.sample_count) for each in self.evaluations]
+        self.sampled = [
+            each.first(self.sample_count) for each in self.evaluations if self.sample_count
+        ]
 
     @property
     def plan(self) -> str:

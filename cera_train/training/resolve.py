@@ -52,6 +52,7 @@ def decide(config: Config, recorded: Config | None = None, reason: str = "") -> 
     Args:
         reason: for what the record decides.
     """
+    given = config
     if recorded is not None:
         config = as_recorded(config, recorded)
     config = replace(config, data=decide_layouts(config.data))
@@ -59,9 +60,10 @@ def decide(config: Config, recorded: Config | None = None, reason: str = "") -> 
     for key, choose in CHOICES.items():
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
-        known = recorded and getattr(getattr(recorded, section), name)
-        is_recorded = value == known and value not in OPEN
-        choice = Choice(value, reason) if is_recorded else choose(config)
+        before = getattr(getattr(given, section), name)
+        may_be_recorded = recorded is not None and (before in OPEN or isinstance(before, dict))
+        is_recorded = may_be_recorded and value == getattr(getattr(recorded, section), name)
+        choice = Choice(value, reason) if is_recorded and value not in OPEN else choose(config)
         decided = replace(getattr(config, section), **{name: choice.value})
         config = replace(config, **{section: decided})
         why[key] = choice.why
