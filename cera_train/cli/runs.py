@@ -19,10 +19,10 @@ from cera_train.sweep.folder import print_sweep
 
 
 def eval_main() -> None:
-    start_hydra("cera-eval", evaluate)
+    start_hydra("cera-eval", measure)
 
 
-def evaluate(composed: DictConfig) -> None:
+def measure(composed: DictConfig) -> None:
     call("cera_train.evaluation.evaluate:start_evaluation", to_config(composed, EvalConfig))
 
 
