@@ -78,13 +78,9 @@ def interval_where_all_agree(difference: float, problems: int) -> tuple[float, f
 
 
 def accuracy_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The bootstrap interval of an accuracy; `values` are the shares of each problem's answers that
-    are right.
-
-    Where no problem or every problem is solved, resampling gives a point, so the interval is the
-    exact binomial one instead (Clopper & Pearson 1934).
-    """
-    if max(values) == 0 or min(values) == 1:
+    """The interval of an accuracy: exact where each problem is right or wrong (Clopper & Pearson
+    1934), else by bootstrap; `values` are the shares of each problem's answers that are right."""
+    if {*values} <= {0, 1}:
         test = binomtest(int(sum(values)), len(values))
         lower, upper = test.proportion_ci(LEVEL, method="exact")
         return float(lower), float(upper)

@@ -96,10 +96,11 @@ def test_bootstrap_interval_of_an_accuracy_approaches_the_normal_one():
 
 
 @pytest.mark.parametrize("problems", [1, 1319])
-def test_the_interval_of_none_or_all_problems_is_clopper_and_pearsons(problems):
-    """Resampling would give a point, which is not how sure the accuracy is."""
-    for right in (0, problems):
+def test_the_interval_of_an_accuracy_is_clopper_and_pearsons(problems):
+    """Resampling would give a point for none or all, and 94 to 100 % for 49 of 50."""
+    for right in {0, problems - 1, problems}:
         expected = scipy.stats.binomtest(right, problems).proportion_ci(0.95, method="exact")
         values = [1.0] * right + [0.0] * (problems - right)
         assert accuracy_interval(values) == pytest.approx((expected.low, expected.high), rel=1e-9)
-    assert accuracy_interval(ACCURACY) == bootstrap_interval(ACCURACY)
+    shares = [*ACCURACY, 0.5]
+    assert accuracy_interval(shares) == bootstrap_interval(shares)
