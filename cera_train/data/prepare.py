@@ -286,20 +286,19 @@ def _first_questions(config: DataConfig, tokenizer: Any) -> Iterator[Question]:
 
 
 def training_questions(config: DataConfig, tokenizer: Any) -> list[Question]:
-    """Every question of an epoch's rows, except those longer than max_length."""
+    """Every question of an epoch's rows."""
     parts = []
+    trained = [part for _, part in config.trained_parts()]
     for place, part in config.parts():
         with errors_at(place):
             reader = Reader(part, tokenizer)
             source, _ = open_sources(part)
-            longest = part.max_length
-            rows = []
-            for each in source:
-                questions = reader.questions(*each)
-                rows.append([asked for asked in questions if len(asked.prompt_ids) <= longest])
-            parts.append([*filter(None, rows)])
-            fix = "raise data.max_length."
-            require(bool(parts[-1]), f"{source.name}: no prompt fits data.max_length: {fix}")
+            rows = [*filter(None, (reader.questions(*each) for each in source))]
+            require(
+                bool(rows) or part not in trained,
+                f"{source.name}: no prompt fits data.max_length: raise data.max_length.",
+            )
+            parts.append(rows)
     if config.mix is None:
         return [*itertools.chain.from_iterable(parts[0])]
     return interleaved(drawn_of_parts(parts, config))

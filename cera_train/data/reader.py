@@ -109,8 +109,8 @@ class Reader:
         return [each for sequences in written for each in self._examples_of(sequences, ids)]
 
     def questions(self, place: str, row: Row) -> list[Question]:
-        """What inference is asked, for each supervised answer; of a preference for the chosen one.
-        Empty for a document, which asks nothing."""
+        """What inference is asked, for each supervised answer; of a preference for the chosen one;
+        except by a prompt longer than max_length. Empty for a document, which asks nothing."""
         with errors_at(place):
             chat = chat_of(row, self.config, self.is_chat)
             if chat is None:
@@ -123,19 +123,19 @@ class Reader:
         return [
             Question(
                 place,
-                self._prompt_ids(prompt),
+                ids,
                 prompt_of(prompt),
                 text,
                 chat.messages[number]["content"].strip(),
                 self.is_chat,
             )
             for prompt, text, number in zip(prompts, texts, chat.supervised, strict=True)
-            if prompt_of(prompt)
+            if prompt_of(prompt) and len(ids := self._prompt_ids(prompt)) <= self.config.max_length
         ]
 
     def prompt(self, row: Row) -> tuple[int, ...]:
-        """The ids that ask what the last turn of a row asks; the row may lack its answer. Raises
-        UserError where it asks nothing, lacks a column or has another layout."""
+        """The ids that ask what the last turn of a row without an answer asks. Raises UserError
+        where it asks nothing, lacks a column or has another layout."""
         layout = self.config.layout
         config = replace(self.config, turns=Turns.last)
         if layout not in TURNS:
@@ -143,10 +143,8 @@ class Reader:
             answered = row | dict.fromkeys(answer, ANSWER)
         else:
             messages = messages_of(row, layout)
-            while messages and messages[-1]["role"] == "assistant":
-                messages.pop()  # a row of training data has its answer
-            messages.append({"role": "assistant", "content": ANSWER})
-            answered = row | {"messages": messages}
+            answer = {"role": "assistant", "content": ANSWER}
+            answered = row | {"messages": [*messages, answer]}
             config = replace(config, layout=Layout.messages)
         chat = chat_of(answered, config, self.is_chat)
         asks_nothing = f"column {str(layout)!r} asks nothing: write a question."
@@ -162,7 +160,10 @@ class Reader:
             for key, value in to_plain(config).items()
             if changes_of(DataConfig, key) == Changes.tokens and key != "rejected"
         }
-        settings |= {"rejected": config.rejected} if self.sides > 1 else {}
+        if self.sides > 1:
+            settings["rejected"] = config.rejected
+        elif config.is_paired and config.layout in TURNS:  # else data.completion names the column
+            settings["chosen_only"] = True
         if config.layout in TURNS and config.loss_on == LossOn.all:
             settings["left_out"] = True  # as 0.2.0, whose cache stays
         vocabulary, special = words_of(self.tokenizer)

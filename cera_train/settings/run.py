@@ -105,8 +105,7 @@ class Config(Settings):
 def check_objective(objective: ObjectiveKind, data: DataConfig) -> None:
     """Raises UserError if the rows do not fit the objective. Rows whose layout is still `auto`
     pass: the config is checked again once it is decided."""
-    parts = [part for _, part in data.parts()]
-    if any(part.layout == Layout.auto for part in parts):
+    if any(part.layout == Layout.auto for _, part in data.parts()):
         return
     place = f"train.objective={objective}"
     if objective == ObjectiveKind.dpo:
@@ -120,7 +119,7 @@ def check_objective(objective: ObjectiveKind, data: DataConfig) -> None:
             fix += ", or for the chosen answers $'data.prompt={prompt}' $'data.completion={chosen}'"
         require(not data.is_paired, f"{place}: {data.title} holds preferences: {fix}.")
     if objective == ObjectiveKind.grpo:
-        have_prompts = all(has_prompts(part) for part in parts)
+        have_prompts = all(has_prompts(part) for _, part in data.trained_parts())
         fix = "name rows with a prompt and an answer, and leave data.loss_on at completion"
         require(have_prompts, f"{place} answers prompts, and {data.title} has text without: {fix}.")
 

@@ -178,7 +178,7 @@ class TrainConfig(Settings):
 
     def changes_of_task(self, name: str) -> dict[str, Any]:
         """The settings of a task that differ from its file."""
-        return {"limit": self.tasks_limit} | (self.task_settings or {}).get(name, {})
+        return {"limit": self.tasks_limit} | ((self.task_settings or {}).get(name) or {})
 
 
 @dataclass

@@ -4,6 +4,7 @@ cache."""
 import copy
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -11,7 +12,8 @@ import pytest
 from examples import EVALUATION, TRAIN
 
 from cera_train.common.errors import UserError
-from cera_train.data.prepare import prepare_data
+from cera_train.data.prepare import prepare_data, prepare_evaluation
+from cera_train.settings.data import DataConfig
 
 pytest_plugins = ["examples"]
 pytestmark = pytest.mark.usefixtures("cache")
@@ -148,6 +150,25 @@ def test_settings_that_change_tokens_get_another_cache_entry(config_of, tokenize
     assert before.digest != after.digest
     assert reads.count("train.jsonl") == 2
     assert before.table.to_pylist() != after.table.to_pylist() or change == {"max_length": 511}
+
+
+def test_chosen_answers_are_no_conversations_of_the_same_file(write_jsonl, tokenizer):
+    asked = {"role": "user", "content": "1 + 1?"}
+    sides = {
+        side: [asked, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")
+    }
+    row = {"messages": [asked, {"role": "assistant", "content": "2"}]} | sides
+    file = str(write_jsonl("rows.jsonl", [row] * 3))
+    plain = DataConfig(
+        train_files=[file], eval_rows=1, layout="messages", chat="plain", turns="last"
+    )
+    paired = replace(plain, rejected="rejected")
+    [said, chosen] = [
+        prepare_evaluation(config, tokenizer).table.column("input_ids")[0].as_py()
+        for config in (plain, paired)
+    ]
+    assert tokenizer.decode(said).endswith("2</s>")
+    assert tokenizer.decode(chosen).endswith("chosen</s>")
 
 
 def test_a_broken_file_of_the_cache_is_named(config_of, tokenizer, cache):

@@ -137,7 +137,8 @@ def test_whatever_asks_a_run_asks_as_its_rows_were_answered(name, write_jsonl):
         learned = [asked for each in reader.sequences(row) for asked in up_to_supervised(each)]
         questions = reader.questions("a row", row)
         assert list(map(prompt_of, learned)) == [question.prompt for question in questions], kind
-        assert reader.prompt(row) == questions[-1].prompt_ids, kind
+        unanswered = row | {"messages": row["messages"][:-1]}
+        assert reader.prompt(unanswered) == questions[-1].prompt_ids, kind
         golds = [each["content"] for each in row["messages"] if each["role"] == "assistant"]
         assert [question.gold for question in questions] == golds, kind
 

@@ -6,6 +6,7 @@ from tiny_runs import adapter_bytes, evaluations_of, folder_of, timeless_metrics
 
 from cera_train.common.files import read_json
 from cera_train.runs.results import GradedProblem, read_grades
+from cera_train.settings.training import TrainConfig
 from cera_train.training.train import train
 
 pytest_plugins = ("evaluated_runs",)
@@ -92,3 +93,8 @@ def test_problems_that_are_trained_on_are_named_in_training_and_in_an_evaluation
     assert f"\nshared     {shared}" in capsys.readouterr().out
     evaluate(eval_config(run=folder_of(config)))  # no answer is missing: nothing is compared
     assert "shared" not in capsys.readouterr().out
+
+
+def test_a_task_without_settings_of_its_own_has_those_of_its_file():
+    train = TrainConfig(tasks=["held_out"], task_settings={"held_out": None}, tasks_limit=3)
+    assert train.changes_of_task("held_out") == {"limit": 3}

@@ -7,9 +7,16 @@ from collections import Counter
 import pytest
 from examples import CONVERSATION, texts_of, with_changes
 
-from cera_train.data.prepare import prepare_data, prepare_evaluation, training_questions
+from cera_train.data.prepare import (
+    held_out_questions,
+    prepare_data,
+    prepare_evaluation,
+    training_questions,
+)
 from cera_train.data.sources import drawn_rows, interleaved, rows_of_parts
 from cera_train.settings.data import DataConfig, MixPart
+from cera_train.settings.run import check_objective
+from cera_train.settings.training import ObjectiveKind
 
 pytest_plugins = ["examples"]
 pytestmark = pytest.mark.usefixtures("cache")
@@ -123,6 +130,17 @@ def test_an_epoch_asks_its_share_of_each_part_without_prompts_that_are_too_long(
     questions = training_questions(config, tokenizer)
     assert Counter(question.prompt[0] for question in questions) == {"a": 6, "b": 6}
     assert ("b", ("it " * 99).strip()) in [(each.prompt, each.gold) for each in questions]
+    assert "b" * 100 not in [each.prompt for each in held_out_questions(config, tokenizer)]
+
+
+def test_a_part_that_only_holds_rows_out_needs_no_prompt(part, write_jsonl, tokenizer):
+    documents = str(write_jsonl("documents.jsonl", [{"text": "one"}] * 3))
+    watched = MixPart(
+        train_files=[documents], prompt="", completion="{text}", weight=0, eval_rows=2
+    )
+    config = mix(part("a", 32, weight=1), watched, allow_overlap=True)
+    check_objective(ObjectiveKind.grpo, config)
+    assert {each.prompt[0] for each in training_questions(config, tokenizer)} == {"a"}
 
 
 def test_a_part_has_its_own_layout_and_templates_or_those_of_data(part, write_jsonl, tokenizer):
