@@ -6,9 +6,10 @@ docs/evidence/dose. The other pictures are kept by hand.
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks import dose
 from cera_train.common.files import read_yaml, write_text
@@ -22,28 +23,24 @@ DOCS = Path(__file__).parents[1] / "docs"
 EVIDENCE_CAPTION = f"{CAPTION} What matters is at most {100 * SHARE:.0f} % of the loss."
 
 
-class Finding(NamedTuple):
-    """A contrast of a study in its first outcome."""
-
-    name: str  # such as `teachers: cera - lora, even`
-    matters: float
-    contrast: OutcomeContrast
+Findings = dict[str, OutcomeContrast]
+"""Contrasts of studies in their first outcome, by names such as `teachers: cera - lora, even`."""
 
 
-def group_of(heading: str, findings: dict[str, Finding]) -> Group:
+def group_of(heading: str, findings: Findings) -> Group:
     """
     Args:
         findings: by the label of their rows; all in nats, or all of one score.
     """
-    outcome = next(iter(findings.values())).contrast.outcome
-    unit = unit_of(outcome, [finding.matters for finding in findings.values()])
-    rows = [row_of(finding.contrast, finding.matters, label) for label, finding in findings.items()]
+    contrasts = list(findings.values())
+    unit = unit_of(contrasts[0].outcome, [contrast.matters for contrast in contrasts])
+    rows = [row_of(contrast, contrast.matters, label) for label, contrast in findings.items()]
     return Group(heading, unit, rows)
 
 
-def read_findings(folder: Path) -> list[Finding]:
+def read_findings(folder: Path) -> Findings:
     """Those of every study but the earlier ones, whose files do not say what would matter."""
-    findings = []
+    findings = {}
     for path in sorted(folder.glob("*.json")):
         results = json.loads(path.read_text())
         config = results.get("config")
@@ -56,8 +53,7 @@ def read_findings(folder: Path) -> list[Finding]:
             if has_conditions:
                 name += f", {brief(contrast.condition)}"
             if contrast.outcome == config["outcomes"][0]:
-                matters = what_matters(contrast, results)
-                findings.append(Finding(name, matters, contrast))
+                findings[name] = replace(contrast, matters=what_matters(contrast, results))
     return findings
 
 
@@ -76,15 +72,14 @@ def what_matters(contrast: OutcomeContrast, results: dict[str, Any]) -> float:
     return min([matters, *shares])
 
 
-def forest_of(findings: list[Finding], headings: dict[str, dict[str, str]]) -> Forest:
+def forest_of(findings: Findings, headings: dict[str, dict[str, str]]) -> Forest:
     """The contrasts of a list.
 
     Args:
         headings: heading -> label -> the name of a finding.
     """
-    by_name = {finding.name: finding for finding in findings}
     groups = [
-        group_of(heading, {label: by_name[name] for label, name in names.items()})
+        group_of(heading, {label: findings[name] for label, name in names.items()})
         for heading, names in headings.items()
     ]
     return Forest("evidence", "Should I use CeRA?", EVIDENCE_CAPTION, groups)

@@ -166,7 +166,7 @@ def wrong_after_tuning(
     best = tuning_losses.mean(-1).argmin(2)[..., None]
     middle = numpy.median(tuning_losses, -1)
     lowest = numpy.take_along_axis(middle, best, axis=2)[..., 0]
-    between = (lowest - middle.min(2) + could_gain(middle)).max(1)
+    between = (lowest - middle.min(2) + could_gain(middle, numpy.arange(5))).max(1)
     # A best rate at the end of its grid allows no verdict.
     between[(best.clip(1, 3) != best).any((1, 2))] = numpy.inf
     values = numpy.take_along_axis(judging, best[..., None], axis=2)[:, :, 0]

@@ -75,7 +75,11 @@ def paired_tests(runs: Sequence[Run]) -> tuple[list[PairedTest], list[str]]:
         graded = graded_runs(runs, task)
         pairs = list(itertools.combinations(graded, 2))
         if len(graded) > MOST_RUNS_IN_ALL_PAIRS:
-            pairs = [(graded[0], run) for run in graded[1:]]
+            pairs = pairs[: len(graded) - 1]
+            notes.append(
+                f"{task}: each of {len(graded)} runs is tested against the first only, "
+                f"{graded[0].name}."
+            )
         of_task = []
         for first, second in pairs:
             try:
@@ -87,11 +91,6 @@ def paired_tests(runs: Sequence[Run]) -> tuple[list[PairedTest], list[str]]:
             test.judged(p_holm, len(of_task))
             for test, p_holm in zip(of_task, adjusted, strict=True)
         ]
-        if len(graded) > MOST_RUNS_IN_ALL_PAIRS:
-            notes.append(
-                f"{task}: each of {len(graded)} runs is tested against the first only, "
-                f"{graded[0].name}."
-            )
     return tests, notes
 
 

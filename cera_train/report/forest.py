@@ -12,12 +12,9 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from cera_train.report.template import load_template
-from cera_train.verdicts.verdict import JudgedContrast
-
-Mark = Literal["better", "worse", "too small", "not shown"]
+from cera_train.verdicts.verdict import JudgedContrast, Mark
 
 # In units of the picture, which is narrow: on a telephone its text is still large enough.
 ZERO = 363  # where the plot has its zero
@@ -55,28 +52,23 @@ class Row:
         return LINE * len(self.lines) + GAP
 
 
-def row_of(contrast: JudgedContrast, matters: float, label: str) -> Row:
-    """The row of a contrast, in units of the smallest difference that matters."""
+def row_of(contrast: JudgedContrast, size: float, label: str) -> Row:
+    """The row of a contrast, in units of this size."""
     # A loss is better below, a score above.
-    unit = matters if contrast.is_loss else -matters
+    unit = size if contrast.is_loss else -size
     lower, upper = sorted([contrast.lower / unit, contrast.upper / unit])
-    mark: Mark = contrast.verdict
-    words = contrast.words
-    if mark == "not shown" and not contrast.obstacles and contrast.is_within(matters):
-        mark = "too small"
-        words = mark
     numbers = contrast.difference_text
     if contrast.interval_text:
         numbers += f" ({contrast.interval_text})"
     return Row(
         label,
         numbers,
-        words,
-        mark,
+        contrast.words,
+        contrast.mark,
         contrast.difference / unit,
         lower,
         upper,
-        contrast.detectable / matters,
+        contrast.detectable / size,
         [repeat / unit for repeat in contrast.by_seed],
     )
 

@@ -31,13 +31,12 @@ TESTS = (
     "decides at 5 %. The interval is a paired bootstrap's."
 )
 
-POINT = 0.01  # of a score: what would matter, as in a study
+POINT = 0.01  # of a score
 VERDICTS = (
     "The first-named run minus the second, in points (dotted: 1); the axis is linear near zero and "
     "logarithmic far from it. Line: 95 % interval for other problems. Grey: differences that these "
-    "problems would miss in more than one of five repeats. Too small: the interval lies between "
-    "the dotted lines. The verdict is on these two runs; which method is better, a study finds out "
-    "(cera-train -m +study=first_look)."
+    "problems would miss in more than one of five repeats. The verdict is on these two runs; which "
+    "method is better, a study finds out (cera-train -m +study=first_look)."
 )
 
 

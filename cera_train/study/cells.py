@@ -332,15 +332,16 @@ class Cell:
     @property
     def grid_slack(self) -> float:
         """The most by which another value, in the grid or between, could lower the loss: in nats,
-        or of a score. Of medians over runs, so that one that breaks down does not bend the
-        curve."""
+        or of a score. Of medians over runs, so that one that breaks down does not bend the curve,
+        which is convex in the value's logarithm, or in the value where one is 0."""
         most = 0.0
         for key, chosen in self.chosen.values.items():
             line = self.losses_along(key, median)
             if len(line) < 3:
                 continue
-            losses = list(line.values())
-            most += line[float(chosen)] - min(losses) + float(could_gain(losses))
+            values, losses = np.array(list(line.items())).T
+            places = np.log(values) if values.min() > 0 else values
+            most += line[float(chosen)] - losses.min() + float(could_gain(losses, places))
         return most
 
 

@@ -89,11 +89,14 @@ def grid_word(value: Any) -> str:
 
 
 def check_cells(config: DictConfig, study: Study, compose: ComposeJob) -> None:
-    """Raises UserError where train.seed is set beside the study's own seeds, or arms cannot be
-    compared."""
-    seeds = [override for override in config.hydra.overrides.task if key_of(override) == SEED]
+    """Raises UserError where an argument varies what the study's file does not, or sets the seed,
+    or where arms cannot be compared."""
+    other = {*study.record.swept} - {ARM, BASE, *study.config.conditions, *study.config.tune}
+    words = [word for word in config.hydra.overrides.task if key_of(word) in other]
     require(
-        not seeds, f"{', '.join(seeds)}: a study has the seeds from 0: study.seeds=N. Leave it out."
+        not words,
+        f"{', '.join(words)}: a study varies its arms, bases, conditions and tuned values, over "
+        "the seeds from 0 (study.seeds=N): write it into study.conditions, or leave it out.",
     )
     for (condition, cells), base in itertools.product(study.by_condition.items(), study.bases):
         runs = {

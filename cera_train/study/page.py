@@ -96,14 +96,15 @@ def _write_numbers(numbers: dict[str, Any], file: Path) -> None:
 def _environments(study: Study) -> dict[str, Any]:
     """The machines and the versions of packages that a study's runs had."""
     machines = set[str]()
-    versions: dict[str, str] = {}
+    versions = set[tuple[str, str]]()
     for cell in study.cells:
         for run in cell.runs:
             environment = run.environment
-            python = f"Python {environment.python}"
-            machines.add(f"{environment.machine}, {environment.platform}, {python}")
-            versions |= environment.packages or {}
-    return {"machines": sorted(machines), "versions": versions}
+            machines.add(
+                f"{environment.machine}, {environment.platform}, Python {environment.python}"
+            )
+            versions |= {*(environment.packages or {}).items()}
+    return {"machines": sorted(machines), "versions": sorted(versions)}
 
 
 def groups_of(study: Study, contrasts: Sequence[OutcomeContrast], of_study: str) -> list[Group]:
@@ -157,24 +158,19 @@ def verdict_table(
     Args:
         corrected: over which contrasts Holm's method corrects, in words.
     """
-    rows = []
-    for contrast in contrasts:
-        outcome = contrast.outcome
-        too_small = ""
-        if outcome == study.config.first_outcome and not contrast.obstacles:
-            too_small = "yes" if contrast.is_within(contrast.matters) else "no"
-        row = {
+    rows = [
+        {
             "contrast": f"{contrast.second} - {contrast.first}",
-            "of": ", ".join(filter(None, [brief(contrast.condition), outcome])),
-            "verdict": "no verdict" if contrast.obstacles else contrast.verdict,
+            "of": ", ".join(filter(None, [brief(contrast.condition), contrast.outcome])),
+            "verdict": "no verdict" if contrast.obstacles else contrast.mark,
             "reason": "; ".join(contrast.obstacles),
             "difference": contrast.difference_text,
             "95 % interval": contrast.interval_text,
             "detects": number(contrast.detectable, contrast.is_loss),
             "p after Holm": "" if contrast.p_holm is None else f"{contrast.p_holm:.2g}",
-            "too small": too_small,
         }
-        rows.append(row)
+        for contrast in contrasts
+    ]
     drawn = "bases" if study.config.bases else "seeds and problems"
     return Table(
         title,

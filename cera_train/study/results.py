@@ -46,7 +46,6 @@ class OutcomeContrast(JudgedContrast):
     asked: str
     condition: str
     by_base: dict[str, list[float]]  # with bases: the difference of each seed
-    matters: float | None = None  # the smallest difference that does; None but in the first outcome
 
     @property
     def is_loss(self) -> bool:
@@ -106,8 +105,8 @@ def what_matters(study: Study, comparison: Comparison) -> float:
         return study.config.matters
     ends = [study.config.matters]
     for cell in comparison.first:
-        means = cell.means(outcome)
-        loss = fmean(means) if outcome == LOSS else 1 - fmean(means)
+        mean = fmean(cell.means(outcome))
+        loss = mean if outcome == LOSS else 1 - mean
         if loss > 0:
             ends.append(float(f"{SHARE * loss:.2g}"))
     return min(ends)

@@ -85,17 +85,18 @@ def job_composer(config: DictConfig, check: Callable[[DictConfig], Any]) -> Comp
 
 
 def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) -> None:
-    """Composes jobs, name -> overrides, until every value has appeared in a valid one, and checks
-    these. A value that is invalid only beside some others fails in those jobs, and the rest of the
-    sweep runs.
+    """Composes jobs, name -> overrides, until every value has appeared in a valid one, of the
+    finished and of the others, and checks these. A value that is invalid only beside some others
+    fails in those jobs, and the rest of the sweep runs.
 
     Raises:
         Exception: a UserError or Hydra's, if a value cannot be composed, or is invalid in every
             job; what `check_job` refuses.
     """
-    fine = set[str]()
+    seen = {False: set[str](), True: set[str]()}
     failed = dict[str, Exception]()
     for name, values in jobs.items():
+        fine = seen[(sweep / name / "result.json").exists()]
         if fine.issuperset(values):
             continue
         try:
@@ -107,7 +108,7 @@ def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob) 
         fine.update(values)
         check_job(run, sweep / name)
     for value, error in failed.items():
-        if value not in fine:
+        if value not in seen[False] | seen[True]:
             raise error
 
 

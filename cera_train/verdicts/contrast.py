@@ -114,11 +114,6 @@ class Contrast:
             return "not shown"
         return "better" if (self.difference > 0) == higher_is_better else "worse"
 
-    def is_within(self, matters: float) -> bool:
-        """Whether the interval lies within +-matters: no difference that matters. The error rate is
-        2.5 % a comparison (two one-sided tests, Schuirmann 1987)."""
-        return -matters <= self.lower and self.upper <= matters
-
 
 def contrast(
     first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = None, between: float = 0.0

@@ -7,51 +7,52 @@ from numpy import ndarray
 from numpy.typing import ArrayLike
 
 
-def could_gain(losses: ArrayLike) -> ndarray:
+def could_gain(losses: ArrayLike, places: ArrayLike) -> ndarray:
     """The most by which a value between those of a grid could lower the grid's lowest loss, if the
-    loss is convex in the logarithm of the value. The smaller of two bounds:
+    loss is convex. The smaller of two bounds:
 
-    - Near its minimum a loss is a parabola. If the neighbours are higher by b on average, the
-      minimum is at most b / 4 lower.
+    - Near its minimum a loss is a parabola, and the minimum is at most half of the longer step
+      away. If neighbours one step away are higher by b on average, it is at most b / 4 lower.
     - A convex loss lies above its chords, extended. Between the lowest value and a neighbour, the
       chords of the two segments beyond bound it.
 
     Args:
-        losses: [..., values], in the order of the grid, a constant ratio apart; infinite where a
-            value diverged.
+        losses: [..., values], in the order of the grid; infinite where a value diverged.
+        places: [values], where each value lies, such as its logarithm, of which the loss is convex.
     """
-    left, right = (_rise(losses, steps) for steps in (-1, 1))
+    rises, steps = _around(losses, places)
+    ahead = rises[..., 3]
+    after = steps[..., 3]
+    bend = (ahead / after).sum(0) / after.sum(0)
     # A neighbour that diverged says nothing about the bend.
-    has_both = numpy.isfinite(left) & numpy.isfinite(right)
-    parabola = numpy.where(has_both, (left + right) / 2, numpy.minimum(left, right)) / 4
-    bound = numpy.minimum(parabola, chords_could_gain(losses))
+    bend = numpy.where(numpy.isinf(bend), (ahead / after**2).min(0), bend)
+    bound = numpy.minimum(bend * after.max(0) ** 2 / 4, chords_could_gain(losses, places))
     return numpy.where(numpy.isinf(bound), 0.0, bound)
 
 
-def chords_could_gain(losses: ArrayLike) -> ndarray:
-    """The second bound alone."""
-    left, right = (_rise(losses, steps) for steps in (-1, 1))
-    return numpy.maximum(
-        _below(left, right, _rise(losses, 2)), _below(right, left, _rise(losses, -2))
-    )
+def chords_could_gain(losses: ArrayLike, places: ArrayLike) -> ndarray:
+    """The second bound alone. Between the lowest value and the next, a loss is above the chord that
+    ends at the lowest, which falls, and the one that begins at the next, which climbs."""
+    rises, steps = _around(losses, places)
+    _, behind, _, ahead, farther = numpy.moveaxis(rises, -1, 0)
+    _, before, _, after, beyond = numpy.moveaxis(steps, -1, 0)
+    with numpy.errstate(invalid="ignore"):
+        fall = behind * after / -before
+        climb = (farther - ahead) * after / (beyond - after)
+        crossing = fall * (climb - ahead) / (fall + climb)
+        crossing = numpy.where(numpy.isinf(behind), climb - ahead, crossing)
+    is_known = numpy.isfinite(farther) & numpy.isfinite(ahead)
+    return numpy.where(is_known, numpy.maximum(crossing, 0.0), fall).max(0)
 
 
-def _rise(losses: ArrayLike, steps: int) -> ndarray:
-    """How much higher than the lowest loss the one so many steps from it is; infinite beyond the
-    grid."""
+def _around(losses: ArrayLike, places: ArrayLike) -> tuple[ndarray, ndarray]:
+    """How much higher the two values before the lowest, itself and the two after it are, infinite
+    beyond the grid, and how far away: each [2, ..., 5], upwards and downwards."""
     losses = numpy.asarray(losses, dtype=float)
     beyond = numpy.full((*losses.shape[:-1], 2), math.inf)
     padded = numpy.concatenate([beyond, losses, beyond], -1)
-    place = losses.argmin(-1)[..., None] + 2
-    return numpy.take_along_axis(padded, place + steps, -1)[..., 0] - losses.min(-1)
-
-
-def _below(behind: ndarray, ahead: ndarray, farther: ndarray) -> ndarray:
-    """The most by which a convex curve falls below zero between 0 and 1, by its values at -1, 1 and
-    2: above the chord from -1 to 0, -behind x, and that from 1 to 2."""
-    with numpy.errstate(invalid="ignore"):
-        slope = farther - ahead
-        crossing = behind * (slope - ahead) / (behind + slope)
-        crossing = numpy.where(numpy.isinf(behind), slope - ahead, crossing)
-    is_known = numpy.isfinite(farther) & numpy.isfinite(ahead)
-    return numpy.where(is_known, numpy.maximum(crossing, 0.0), behind)
+    padded_places = numpy.pad(places, 2, mode="reflect", reflect_type="odd")
+    near = losses.argmin(-1)[..., None] + numpy.arange(5)
+    around = (numpy.take_along_axis(padded, near, -1), padded_places[near])
+    rises, steps = (values - values[..., 2:3] for values in around)
+    return numpy.stack([rises, rises[..., ::-1]]), numpy.stack([steps, -steps[..., ::-1]])

@@ -3,8 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from cera_train.verdicts.contrast import Contrast, Verdict
+
+Mark = Literal[Verdict, "too small"]
 
 
 def holm(p_values: Sequence[float], planned: int = 0) -> list[float]:
@@ -35,6 +38,7 @@ class JudgedContrast(Contrast):
     obstacles: Sequence[str] = ()  # such as `cera at the largest optimizer.lr, 0.01`
     detectable: float = math.inf  # the smallest true difference that is shown with power 80 %
     by_seed: Sequence[float] = ()  # the difference of each seed; with bases, of each base
+    matters: float | None = None  # the smallest difference that does; None: unknown
 
     @property
     def is_loss(self) -> bool:
@@ -42,13 +46,22 @@ class JudgedContrast(Contrast):
         return False
 
     @property
+    def mark(self) -> Mark:
+        """The verdict, or that the interval lies within what matters. This errs in 2.5 % of
+        comparisons (two one-sided tests, Schuirmann 1987)."""
+        if self.matters is None or self.obstacles or self.verdict != "not shown":
+            return self.verdict
+        is_within = -self.matters <= self.lower and self.upper <= self.matters
+        return "too small" if is_within else self.verdict
+
+    @property
     def words(self) -> str:
-        """The verdict, with what could have been detected where nothing was."""
+        """The mark, with what could have been detected where nothing was."""
         if self.obstacles:
             return "no verdict"
-        if self.verdict == "not shown" and math.isfinite(self.detectable):
+        if self.mark == "not shown" and math.isfinite(self.detectable):
             return f"not shown (detects {number(self.detectable, self.is_loss)})"
-        return self.verdict
+        return self.mark
 
     @property
     def difference_text(self) -> str:

@@ -116,16 +116,23 @@ def test_an_edited_study_keeps_no_old_runs(launcher, run_study, monkeypatch, cap
     monkeypatch.setattr(StudySweeper, "setup", kept)
     assert run_study(study=TWO) == 0
     for cell in find_study(launcher.sweep).cells:
-        config = to_plain(sweepers[0].compose(cell.grid[0].overrides))
-        (cell.folder(cell.grid[0], cell.tuning_runs[0]) / "config.yaml").write_text(
-            yaml.safe_dump(config)
-        )
+        for point, run in itertools.product(cell.grid, cell.tuning_runs):
+            config = to_plain(sweepers[0].compose(cell.overrides(point, run)))
+            (cell.folder(point, run) / "config.yaml").write_text(yaml.safe_dump(config))
     launcher.began.clear()
     assert run_study(study=TWO) == 0
+    for cell in find_study(launcher.sweep).cells:  # a lost job: others tell that the arm was edited
+        (cell.folder(cell.grid[0], cell.tuning_runs[0]) / "result.json").unlink()
     arms = {"lora": ["adapter=lora"], "cera": ["adapter=cera", "adapter.b_lr_ratio=4"]}
     assert run_study(study=TWO | {"arms": arms}) == 2
     message = r"which/\S+ holds a run with another config: adapter.b_lr_ratio was 1.0, is 4.0. Set"
     assert re.search(message, capfd.readouterr().err)
+    assert not launcher.began
+
+
+def test_a_study_varies_nothing_that_it_does_not_compare(launcher, run_study, capfd):
+    assert run_study("train.batch_size=8,32") == 2
+    assert "train.batch_size=8,32: a study varies its arms" in capfd.readouterr().err
     assert not launcher.began
 
 

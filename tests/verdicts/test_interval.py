@@ -9,8 +9,6 @@ import pytest
 import scipy.stats
 from scipy.stats import binom, permutation_test
 
-from cera_train.verdicts import interval
-from cera_train.verdicts.contrast import contrast_of_runs
 from cera_train.verdicts.interval import (
     accuracy_interval,
     bootstrap_interval,
@@ -45,17 +43,6 @@ def test_the_p_of_scores_is_that_of_all_flips(draw):
             n_resamples=numpy.inf,
         )
         assert sign_flip(first, second) == pytest.approx(every.pvalue)
-
-
-def test_beyond_many_problems_normal_formulas_continue_the_resampling(draw, monkeypatch):
-    first, second = draw.random((2, 500))
-    resampled = contrast_of_runs(first, second)
-    monkeypatch.setattr(interval, "MANY", 499)
-    normal = contrast_of_runs(first, second)
-    ends = [(each.lower, each.upper) for each in (normal, resampled)]
-    assert ends[0] == pytest.approx(ends[1], abs=2e-3)
-    assert ends[0] != ends[1]
-    assert normal.p_value == pytest.approx(resampled.p_value, abs=0.02)
 
 
 @pytest.mark.slow
