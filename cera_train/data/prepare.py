@@ -287,18 +287,18 @@ def _first_questions(config: DataConfig, tokenizer: Any) -> Iterator[Question]:
 
 def training_questions(config: DataConfig, tokenizer: Any) -> list[Question]:
     """Every question of an epoch's rows."""
-    parts = []
-    trained = [part for _, part in config.trained_parts()]
-    for place, part in config.parts():
+    asked = {}
+    for place, part in config.trained_parts():
         with errors_at(place):
             reader = Reader(part, tokenizer)
             source, _ = open_sources(part)
-            rows = [*filter(None, (reader.questions(*each) for each in source))]
+            asked[place] = [*filter(None, (reader.questions(*each) for each in source))]
             require(
-                bool(rows) or part not in trained,
+                bool(asked[place]),
                 f"{source.name}: no prompt fits data.max_length: raise data.max_length.",
             )
-            parts.append(rows)
     if config.mix is None:
-        return [*itertools.chain.from_iterable(parts[0])]
+        return [*itertools.chain.from_iterable(asked[""])]
+    # From a part of weight 0, no row is drawn.
+    parts = [asked.get(place, [[]]) for place, _ in config.parts()]
     return interleaved(drawn_of_parts(parts, config))

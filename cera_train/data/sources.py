@@ -370,7 +370,7 @@ def rows_of_parts(
 def drawn_rows(available: int, count: int, seed: str) -> list[int]:
     """The numbers of `count` rows of a part: whole passes over it, then rows drawn without
     replacement."""
-    passes, rest = divmod(count, max(available, 1))
+    passes, rest = divmod(count, available)
     return [*range(available)] * passes + sorted(random.Random(seed).sample(range(available), rest))
 
 

@@ -72,7 +72,8 @@ def paired_tests(runs: Sequence[Run]) -> tuple[list[PairedTest], list[str]]:
     tests: list[PairedTest] = []
     notes = []
     for task in task_names(runs):
-        graded = graded_runs(runs, task)
+        evaluated = [run for run in runs if task in run.evaluations]
+        graded = [run for run in evaluated if run.evaluations[task].scores]
         pairs = list(itertools.combinations(graded, 2))
         if len(graded) > MOST_RUNS_IN_ALL_PAIRS:
             pairs = pairs[: len(graded) - 1]
@@ -96,11 +97,6 @@ def paired_tests(runs: Sequence[Run]) -> tuple[list[PairedTest], list[str]]:
 
 def task_names(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.evaluations))
-
-
-def graded_runs(runs: Sequence[Run], task: str) -> list[Run]:
-    """The runs with a finished evaluation of answers on a task."""
-    return [run for run in runs if task in run.evaluations and run.evaluations[task].scores]
 
 
 def compare_pair(first: Run, second: Run, task: str) -> PairedTest:

@@ -299,7 +299,7 @@ class Cell:
             values = list(self.losses_along(key))
             if len(values) < 2:
                 continue
-            for best, neighbour in ((values[0], values[1]), (values[-1], values[-2])):
+            for best, neighbour, *_ in (values, values[::-1]):
                 if best == float(chosen):
                     edges.append(Edge(self.arm, key, best, neighbour))
         return edges
@@ -312,10 +312,11 @@ class Cell:
             share = f"{len(self.diverged)} of {len(self.compared_runs)}"
             obstacles.append(f"{self.arm}: {share} judging runs diverged")
         obstacles += [str(edge) for edge in self.edges]
-        for key, chosen in self.chosen.values.items():
-            if len(self.losses_along(key)) == 1:
-                obstacles.append(f"{self.arm} at the only {key}, {chosen}")
-        return obstacles
+        return obstacles + [
+            f"{self.arm} at the only {key}, {chosen}"
+            for key, chosen in self.chosen.values.items()
+            if len(self.losses_along(key)) == 1
+        ]
 
     def jobs_beyond(self) -> list[list[str]]:
         """The jobs of every tuning run one step beyond each edge."""

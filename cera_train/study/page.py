@@ -95,15 +95,10 @@ def _write_numbers(numbers: dict[str, Any], file: Path) -> None:
 
 def _environments(study: Study) -> dict[str, Any]:
     """The machines and the versions of packages that a study's runs had."""
-    machines = set[str]()
-    versions = set[tuple[str, str]]()
-    for cell in study.cells:
-        for run in cell.runs:
-            environment = run.environment
-            machines.add(
-                f"{environment.machine}, {environment.platform}, Python {environment.python}"
-            )
-            versions |= {*(environment.packages or {}).items()}
+    environments = [run.environment for cell in study.cells for run in cell.runs]
+    machines = {f"{each.machine}, {each.platform}, Python {each.python}" for each in environments}
+    packages = [each.packages or {} for each in environments]
+    versions = {f"{name} {version}" for each in packages for name, version in each.items()}
     return {"machines": sorted(machines), "versions": sorted(versions)}
 
 

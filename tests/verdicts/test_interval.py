@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 from scipy.stats import binom, permutation_test
 
+from cera_train.verdicts import interval
 from cera_train.verdicts.interval import (
     accuracy_interval,
     bootstrap_interval,
@@ -43,6 +44,15 @@ def test_the_p_of_scores_is_that_of_all_flips(draw):
             n_resamples=numpy.inf,
         )
         assert sign_flip(first, second) == pytest.approx(every.pvalue)
+
+
+def test_beyond_many_problems_a_normal_p_continues_the_flips(draw, monkeypatch):
+    first, second = draw.random((2, 500))
+    resampled = sign_flip(first, second)
+    monkeypatch.setattr(interval, "MANY", 499)
+    normal = sign_flip(first, second)
+    assert normal == pytest.approx(resampled, abs=0.02)
+    assert normal != resampled
 
 
 @pytest.mark.slow
