@@ -108,7 +108,7 @@ def test_a_test_stands_where_its_module_does():
 # --- how much there is to read --------------------------------------------------------------------
 
 BUDGETS = {
-    "cera_train/adapters": 7_435,
+    "cera_train/adapters": 7_447,
     "cera_train/cera": 7_667,
     "cera_train/cli": 5_947,
     "cera_train/common": 4_815,
@@ -117,16 +117,16 @@ BUDGETS = {
     "cera_train/evaluation": 15_125,
     "cera_train/model": 8_192,
     "cera_train/planning": 5_690,
-    "cera_train/report": 8_037,
+    "cera_train/report": 8_033,
     "cera_train/runs": 8_317,
     "cera_train/serving": 7_771,
     "cera_train/settings": 6_741,
-    "cera_train/study": 7_363,
+    "cera_train/study": 7_365,
     "cera_train/sweep": 3_549,
     "cera_train/training": 11_785,
-    "cera_train/verdicts": 3_299,
+    "cera_train/verdicts": 3_288,
     "cera_train": 130_000,
-    "tests": 128_000,
+    "tests": 128_250,
     "benchmarks": 28_000,
 }
 """The most tokens of Python in a folder: what a reader has to read."""

@@ -69,9 +69,9 @@ def build(
             for which every process needs the weights.
         has_autocast: the model runs under autocast.
     """
-    check_targets(base, config)
     if is_quantised(base):
         check_quantised(config)
+    check_targets(base, config)
     with errors_beside(base, config):
         model = builder(config.kind).build(base, config, left_out(base, config, idle))
     # PEFT leaves biases and copies of the base's modules in 16 bits, which would round most

@@ -122,10 +122,10 @@ class Cera(RankedFamily):
         return [name for name, is_other in differs.items() if is_other]
 
     def rate_factor(self, config: AdapterConfig) -> float:
-        """silu, relu and gelu are z/2 + an even term: the branch starts at half of LoRA's scale,
-        and the control, identity, has half the scale too. tanh and the learned mix start like z."""
-        starts_like_lora = config.activation == Activation.tanh or config.mix == Mix.learned
-        return (1 if starts_like_lora else 2) / math.sqrt(config.b_lr_ratio)
+        """silu, relu and gelu are z/2 + an even term: the branch starts at half of LoRA's scale, as
+        that of the control does, by its alpha. tanh, identity and the learned mix start like z."""
+        is_z = config.activation in (Activation.tanh, Activation.identity) and config.alpha != 16
+        return (1 if is_z or config.mix == Mix.learned else 2) / math.sqrt(config.b_lr_ratio)
 
 
 class Lora(RankedFamily):

@@ -16,6 +16,7 @@ Settings = dict[str, Any]  # dotted keys, as in config.yaml
 
 T = TypeVar("T")
 
+BASE = ("model.path", "model.revision", "model.dtype", "model.quantization")
 
 Scores = dict[str, float]
 """Problem -> how right its answers are by one rule, from 0 to 1."""
@@ -110,8 +111,7 @@ class Run:
     @property
     def base(self) -> str:
         """The base model and the precision of its weights, which changes a perplexity too."""
-        keys = ("path", "revision", "dtype", "quantization")
-        values = [self.settings.get(f"model.{key}") for key in keys]
+        values = map(self.settings.get, BASE)
         known = [str(value) for value in values if value not in (None, "none")]
         return ", ".join(known) or "not on record"
 

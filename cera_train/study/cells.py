@@ -9,6 +9,7 @@ that is chosen for not having diverged would be chosen by what judges.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 ARM = "study.arm"
 BASE = "study.base"
 SEED = "train.seed"
+
+PARAMETERS = 0.01  # share by which trainable parameters may differ and count as equal
 
 
 # --- what a run measured --------------------------------------------------------------------------
@@ -101,7 +104,11 @@ class ComparedRun:
     @property
     def rows(self) -> dict[str, Any]:
         """What is equal for runs that can be compared."""
-        rows: dict[str, Any] = {}
+        rows = {}
+        if not any(
+            word.startswith("model") for words in self.study.arms.values() for word in words
+        ):
+            rows["base weights"] = self.environment.base_weights
         for split, digest in (self.environment.rows or {}).items():
             rows[f"{split.replace('_', '-')} rows"] = digest
         for name, outcome in self.outcomes.items():
@@ -256,24 +263,22 @@ class Cell:
             needed += [(self.chosen, run) for run in self.fresh_runs]
         return [self.folder(*each).name for each in needed if self.loss(*each) is None]
 
-    def values(self, outcome: str) -> np.ndarray:
-        """[seeds, problems], without bases."""
-        return np.array([run.outcomes[outcome].values for run in self.runs], dtype=float)
+    def values(self, outcome: str, base: str | None = None) -> np.ndarray:
+        """[seeds, problems]"""
+        return np.array([run.outcomes[outcome].values for run in self.runs_on(base)], dtype=float)
 
     def weights(self, outcome: str) -> np.ndarray | None:
         """[problems]: supervised tokens of the rows of a loss."""
         return self.runs[0].outcomes[outcome].weights
 
-    def by_base(self, outcome: str) -> dict[str | None, np.ndarray]:
-        """Base -> [seeds] an outcome of each seed."""
-        return {
-            base: np.array([run.outcomes[outcome].mean for run in self.runs_on(base)])
-            for base in self.study.bases
-        }
-
     def means(self, outcome: str) -> list[float]:
         """An outcome of each seed; with bases, of each base."""
-        return means_of(self.by_base(outcome))
+        by_base = [
+            [run.outcomes[outcome].mean for run in self.runs_on(base)] for base in self.study.bases
+        ]
+        if None in self.study.bases:
+            return by_base[0]
+        return [fmean(values) for values in by_base if values]
 
     def figure(self, field: str) -> float | None:
         """The mean over seeds of a field of RunResult, such as `spectrum.gamma`; None where a run
@@ -319,14 +324,14 @@ class Cell:
         ]
 
     def jobs_beyond(self) -> list[list[str]]:
-        """The jobs of every tuning run one step beyond each edge."""
+        """The jobs of every tuning run one step beyond each edge, at every value of the others."""
         jobs = []
-        for edge in self.edges:
-            if edge.beyond is None:
+        for edge, point in itertools.product(self.edges, self.grid):
+            if edge.beyond is None or float(point.values[edge.key]) != edge.best:
                 continue
             step = f"{edge.key}={edge.beyond}"
             for run in self.tuning_runs:
-                words = self.overrides(self.chosen, run)
+                words = self.overrides(point, run)
                 jobs.append([step if word.startswith(f"{edge.key}=") else word for word in words])
         return jobs
 
@@ -344,10 +349,3 @@ class Cell:
             places = np.log(values) if values.min() > 0 else values
             most += line[float(chosen)] - losses.min() + float(could_gain(losses, places))
         return most
-
-
-def means_of(by_base: dict[str | None, np.ndarray]) -> list[float]:
-    """The values of each seed; with several bases, the means of each base that has one."""
-    if None in by_base:
-        return by_base[None].tolist()
-    return [float(values.mean()) for values in by_base.values() if len(values)]

@@ -22,7 +22,7 @@ from cera_train.common.settings import key_of, quoted, require, word_of
 from cera_train.distributed.processes import is_main_process
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, Equal, StudyConfig
-from cera_train.study.cells import ARM, BASE, SEED, Cell, Replicate
+from cera_train.study.cells import ARM, BASE, PARAMETERS, SEED, Cell, Replicate
 from cera_train.study.folder import Study, read_config
 from cera_train.sweep.folder import RECORD, SweepRecord
 from cera_train.sweep.grid import (
@@ -34,8 +34,6 @@ from cera_train.sweep.grid import (
     jobs_by_name,
     record_of,
 )
-
-PARAMETERS = 0.01  # share by which trainable parameters may differ and count as equal
 
 PLAIN_WORD = r"(?a)[\w /+.$%*@?|:-]*|.*\$\{.*"  # what a grid of Hydra's takes without quotes
 

@@ -16,7 +16,7 @@ from cera_train.common.settings import key_of, require
 from cera_train.settings.gone import describe_gone, without_gone
 from cera_train.settings.sweep import StudyConfig
 from cera_train.settings.values import checked
-from cera_train.study.cells import ARM, BASE, SEED, Cell, GridPoint, means_of
+from cera_train.study.cells import ARM, BASE, SEED, Cell, GridPoint
 from cera_train.sweep.folder import RECORD, SweepRecord
 
 T = TypeVar("T")
@@ -152,19 +152,18 @@ class Comparison:
         """Whether a compared run did."""
         return any(cell.diverged for cell in self.cells)
 
-    def by_base(self, outcome: str) -> dict[str | None, np.ndarray]:
-        """Base -> [seeds] the difference of each seed; none where a compared run diverged."""
-        if self.has_diverged:
-            return {}
-        differences = {}
-        for base in self.first[0].study.bases:
-            first, second = self.sides(lambda cell, base=base: cell.by_base(outcome)[base])
-            differences[base] = second - first
-        return differences
+    def differences(self, outcome: str, base: str | None) -> np.ndarray:
+        """[seeds, problems]"""
+        first, second = self.sides(lambda cell: cell.values(outcome, base))
+        return second - first
 
     def means(self, outcome: str) -> list[float]:
-        """The difference of each seed; with bases, of each base."""
-        return means_of(self.by_base(outcome))
+        """The difference of each seed; with bases, of each base; none where a compared run
+        diverged."""
+        if self.has_diverged:
+            return []
+        first, second = self.sides(lambda cell: np.array(cell.means(outcome)))
+        return (second - first).tolist()
 
     @property
     def grid_slack(self) -> float:

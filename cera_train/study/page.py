@@ -157,7 +157,7 @@ def verdict_table(
         {
             "contrast": f"{contrast.second} - {contrast.first}",
             "of": ", ".join(filter(None, [brief(contrast.condition), contrast.outcome])),
-            "verdict": "no verdict" if contrast.obstacles else contrast.mark,
+            "verdict": contrast.mark,
             "reason": "; ".join(contrast.obstacles),
             "difference": contrast.difference_text,
             "95 % interval": contrast.interval_text,

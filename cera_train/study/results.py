@@ -7,8 +7,8 @@ from statistics import fmean
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.settings.sweep import LOSS
-from cera_train.study.cells import ComparedRun
+from cera_train.settings.sweep import LOSS, Equal
+from cera_train.study.cells import PARAMETERS, ComparedRun
 from cera_train.study.folder import Comparison, Study, name_of
 from cera_train.verdicts.contrast import Contrast, Verdict, contrast, contrast_over_bases
 from cera_train.verdicts.power import detectable
@@ -27,8 +27,15 @@ def check_runs(study: Study) -> None:
             f"{missing[0]}, and {len(missing) - 1:,} more."
         )
     for cells, base in itertools.product(study.by_condition.values(), study.bases):
+        runs = [run for cell in cells.values() for run in cell.runs_on(base)]
+        sizes = sorted(run.result.trainable_parameters for run in runs) or [0]
+        require(
+            study.config.equal == Equal.none or sizes[-1] <= sizes[0] * (1 + PARAMETERS),
+            f"{study.folder}: study.equal=parameters, but compared runs have {sizes[0]:,} to "
+            f"{sizes[-1]:,}. Tune no size, or repeat the command with study.equal=none.",
+        )
         first: dict[str, ComparedRun] = {}  # the first run that each of its rows is known of
-        for run in [run for cell in cells.values() for run in cell.runs_on(base)]:
+        for run in runs:
             for what, rows in run.rows.items():
                 other = first.setdefault(what, run)
                 require(
@@ -45,7 +52,6 @@ class OutcomeContrast(JudgedContrast):
     outcome: str
     asked: str
     condition: str
-    by_base: dict[str, list[float]]  # with bases: the difference of each seed
 
     @property
     def is_loss(self) -> bool:
@@ -90,9 +96,10 @@ def _estimate(study: Study, comparison: Comparison, outcome: str) -> Contrast:
     # Tuned values are chosen by the first outcome, and how others bend between them is unknown.
     between = comparison.grid_slack if outcome == study.config.first_outcome else 0.0
     if study.config.bases:
-        runs = itertools.chain.from_iterable(cell.runs for cell in study.cells)
-        problems = min(len(run.outcomes[outcome].values) for run in runs)
-        return contrast_over_bases(comparison.means(outcome), problems, between)
+        by_problem = [comparison.differences(outcome, base).mean(0) for base in study.bases]
+        problems = min(map(len, by_problem))
+        scores = () if outcome == LOSS else by_problem
+        return contrast_over_bases(comparison.means(outcome), problems, between, scores)
     first, second = comparison.sides(lambda cell: cell.values(outcome))
     return contrast(first, second, comparison.first[0].weights(outcome), between)
 
@@ -129,7 +136,6 @@ def _with_verdict(
     if not obstacles:
         verdict = estimate.verdict_at(p_holm, higher_is_better=outcome != LOSS)
     least = detectable(estimate.variances, estimate.seeds, estimate.problems, tests)
-    by_base = comparison.by_base(outcome) if study.config.bases else {}
     return OutcomeContrast(
         **vars(estimate),
         outcome=outcome,
@@ -138,7 +144,6 @@ def _with_verdict(
         second=name_of(comparison.second),
         condition=comparison.first[0].condition,
         by_seed=comparison.means(outcome),
-        by_base={base: differences.tolist() for base, differences in by_base.items()},
         p_holm=p_holm,
         verdict=verdict,
         obstacles=obstacles,

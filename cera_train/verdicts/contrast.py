@@ -142,26 +142,14 @@ def contrast(
     if min(seeds, problems) < 2:
         mean = float((differences @ weights / weights.sum()).mean())
         return Contrast(mean, -math.inf, math.inf, 1.0, None, seeds, problems, between)
-    estimate, spread, variances = estimate_mean(differences, weights)
-    difference = float(estimate)
-    half = float(spread.half_width())
-    lower = difference - half
-    upper = difference + half
-    size = max(abs(difference) - between, 0.0)
-    p_value = float(spread.p_value(size))
-    plain = Variances(float(variances.seed), float(variances.problem), float(variances.residual))
-    if half <= 1e-12 * abs(difference) and (is_score or difference):  # up to rounding
-        # Every seed has the same difference on every problem: the test is McNemar's.
-        lower, upper = interval_where_all_agree(difference, problems)
-        p_value = float(binomtest(problems, problems).pvalue) if size else 1.0
-        plain = None if is_score else plain
-    return Contrast(
-        difference, lower - between, upper + between, p_value, plain, seeds, problems, between
-    )
+    return _of_mean(*estimate_mean(differences, weights), seeds, problems, between, is_score)
 
 
 def contrast_over_bases(
-    differences: Sequence[float], problems: int, between: float = 0.0
+    differences: Sequence[float],
+    problems: int,
+    between: float = 0.0,
+    scores: Sequence[ndarray] = (),
 ) -> Contrast:
     """Compares two arms on several bases by Student's t.
 
@@ -169,17 +157,42 @@ def contrast_over_bases(
         differences: [bases], second - first, each a mean over seeds and problems.
         problems: their number on a base.
         between: as for `contrast`.
+        scores: [bases][problems], where the outcome is a score: the differences, each a mean over
+            seeds. The interval is never narrower than that of these bases on other problems.
     """
     bases = len(differences)
     difference = fmean(differences)
     if bases < 2:
         return Contrast(difference, -math.inf, math.inf, 1.0, None, bases, problems, between)
-    variances = Variances(variance(differences), 0.0, 0.0)
-    spread = Spread(variances.seed / bases, bases - 1, 0.0, 0.0, 1.0)
-    half = float(spread.half_width()) + between
-    p_value = float(spread.p_value(max(abs(difference) - between, 0.0)))
+    seeds = variance(differences) / bases
+    residual = sum(each.var(ddof=1) / each.size for each in scores) / bases**2
+    variances = Variances(bases * max(seeds - residual, 0), 0.0, problems * bases * residual)
+    spread = Spread(seeds, bases - 1, residual, 0.0, max(problems - 1, 1))
+    return _of_mean(difference, spread, variances, bases, problems, between, bool(scores))
+
+
+def _of_mean(
+    difference: float,
+    spread: Spread,
+    variances: Variances,
+    seeds: int,
+    problems: int,
+    between: float,
+    is_score: bool,
+) -> Contrast:
+    half = float(spread.half_width())
     ends = (difference - half, difference + half)
-    return Contrast(difference, *ends, p_value, variances, bases, problems, between)
+    size = max(abs(difference) - between, 0.0)
+    p_value = float(spread.p_value(size))
+    if half <= 1e-12 * abs(difference) and (is_score or difference):  # up to rounding
+        # The same difference on every problem, of every seed or base: the test is McNemar's.
+        ends = interval_where_all_agree(difference, problems)
+        p_value = float(binomtest(problems, problems).pvalue) if size else 1.0
+        variances = None if is_score else variances
+    lower, upper = ends
+    return Contrast(
+        difference, lower - between, upper + between, p_value, variances, seeds, problems, between
+    )
 
 
 def contrast_of_runs(first: Sequence[float], second: Sequence[float]) -> Contrast:

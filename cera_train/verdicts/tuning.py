@@ -20,22 +20,19 @@ def could_gain(losses: ArrayLike, places: ArrayLike) -> ndarray:
         losses: [..., values], in the order of the grid; infinite where a value diverged.
         places: [values], where each value lies, such as its logarithm, of which the loss is convex.
     """
-    rises, steps = _around(losses, places)
-    ahead = rises[..., 3]
-    after = steps[..., 3]
+    near = around(losses, places)
+    ahead, after = near[..., 3]
     bend = (ahead / after).sum(0) / after.sum(0)
     # A neighbour that diverged says nothing about the bend.
     bend = numpy.where(numpy.isinf(bend), (ahead / after**2).min(0), bend)
-    bound = numpy.minimum(bend * after.max(0) ** 2 / 4, chords_could_gain(losses, places))
+    bound = numpy.minimum(bend * after.max(0) ** 2 / 4, by_chords(near))
     return numpy.where(numpy.isinf(bound), 0.0, bound)
 
 
-def chords_could_gain(losses: ArrayLike, places: ArrayLike) -> ndarray:
-    """The second bound alone. Between the lowest value and the next, a loss is above the chord that
-    ends at the lowest, which falls, and the one that begins at the next, which climbs."""
-    rises, steps = _around(losses, places)
-    _, behind, _, ahead, farther = numpy.moveaxis(rises, -1, 0)
-    _, before, _, after, beyond = numpy.moveaxis(steps, -1, 0)
+def by_chords(near: ndarray) -> ndarray:
+    """Between the lowest value and the next, a loss is above the chord that ends at the lowest,
+    which falls, and the one that begins at the next, which climbs."""
+    (_, behind, _, ahead, farther), (_, before, _, after, beyond) = numpy.moveaxis(near, -1, 1)
     with numpy.errstate(invalid="ignore"):
         fall = behind * after / -before
         climb = (farther - ahead) * after / (beyond - after)
@@ -45,14 +42,14 @@ def chords_could_gain(losses: ArrayLike, places: ArrayLike) -> ndarray:
     return numpy.where(is_known, numpy.maximum(crossing, 0.0), fall).max(0)
 
 
-def _around(losses: ArrayLike, places: ArrayLike) -> tuple[ndarray, ndarray]:
+def around(losses: ArrayLike, places: ArrayLike) -> ndarray:
     """How much higher the two values before the lowest, itself and the two after it are, infinite
-    beyond the grid, and how far away: each [2, ..., 5], upwards and downwards."""
+    beyond the grid, and how far away: [2, 2, ..., 5], each upwards and downwards."""
     losses = numpy.asarray(losses, dtype=float)
     beyond = numpy.full((*losses.shape[:-1], 2), math.inf)
     padded = numpy.concatenate([beyond, losses, beyond], -1)
     padded_places = numpy.pad(places, 2, mode="reflect", reflect_type="odd")
     near = losses.argmin(-1)[..., None] + numpy.arange(5)
-    around = (numpy.take_along_axis(padded, near, -1), padded_places[near])
-    rises, steps = (values - values[..., 2:3] for values in around)
-    return numpy.stack([rises, rises[..., ::-1]]), numpy.stack([steps, -steps[..., ::-1]])
+    both = (numpy.take_along_axis(padded, near, -1), padded_places[near])
+    rises, steps = (values - values[..., 2:3] for values in both)
+    return numpy.array([[rises, rises[..., ::-1]], [steps, -steps[..., ::-1]]])

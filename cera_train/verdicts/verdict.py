@@ -7,7 +7,7 @@ from typing import Literal
 
 from cera_train.verdicts.contrast import Contrast, Verdict
 
-Mark = Literal[Verdict, "too small"]
+Mark = Literal[Verdict, "too small", "no verdict"]
 
 
 def holm(p_values: Sequence[float], planned: int = 0) -> list[float]:
@@ -49,7 +49,9 @@ class JudgedContrast(Contrast):
     def mark(self) -> Mark:
         """The verdict, or that the interval lies within what matters. This errs in 2.5 % of
         comparisons (two one-sided tests, Schuirmann 1987)."""
-        if self.matters is None or self.obstacles or self.verdict != "not shown":
+        if self.obstacles:
+            return "no verdict"
+        if self.matters is None or self.verdict != "not shown":
             return self.verdict
         is_within = -self.matters <= self.lower and self.upper <= self.matters
         return "too small" if is_within else self.verdict
@@ -57,8 +59,6 @@ class JudgedContrast(Contrast):
     @property
     def words(self) -> str:
         """The mark, with what could have been detected where nothing was."""
-        if self.obstacles:
-            return "no verdict"
         if self.mark == "not shown" and math.isfinite(self.detectable):
             return f"not shown (detects {number(self.detectable, self.is_loss)})"
         return self.mark

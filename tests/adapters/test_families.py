@@ -205,6 +205,18 @@ def test_alpha_scales_the_branch_and_none_is_a_scale_of_1_at_other_ranks_too(ada
         assert {(branch.r, round(branch.scaling, 6)) for branch in branches if branch} == scales
 
 
+def test_the_automatic_rate_is_twice_loras_where_the_branch_starts_at_half_its_scale(adapter_of):
+    factors = {
+        "cera": 2,
+        "cera_identity": 2,
+        "lora": 1,
+        "lora_kaiming": 1,
+        "lora_dropout_hidden": 1,
+    }
+    configs = {name: adapter_of(name) for name in factors}
+    assert {name: family(each.kind).rate_factor(each) for name, each in configs.items()} == factors
+
+
 @pytest.mark.parametrize("name", ["lora", "cera", "dense"])
 def test_what_trains_beside_an_adapter_is_float32_over_a_16_bit_base(adapter_of, tmp_path, name):
     """PEFT leaves the base's biases, here also of layer norms, and copies of its modules in 16

@@ -22,7 +22,7 @@ from cera_train.common.files import read_json
 from cera_train.verdicts.contrast import Contrast, Spread, Variances, contrast
 from cera_train.verdicts.interval import sign_flip
 from cera_train.verdicts.power import detectable
-from cera_train.verdicts.tuning import chords_could_gain, could_gain
+from cera_train.verdicts.tuning import around, by_chords, could_gain
 from cera_train.verdicts.verdict import holm
 
 STUDIES = 1_500
@@ -107,7 +107,7 @@ def test_no_convex_loss_falls_further_than_a_grid_could_gain():
         slopes = numpy.where(distance < 0, *draw.exponential(size=(2, 1)))
         for shape in (numpy.square, numpy.abs, lambda d: numpy.expm1(abs(d)) - abs(d)):
             losses = slopes * shape(distance)
-            chords = chords_could_gain(losses, places)
+            chords = by_chords(around(losses, places))
             assert losses.min() <= chords + 1e-12
             assert could_gain(losses, places) <= chords + 1e-12
 
