@@ -48,6 +48,7 @@ def read_findings(folder: Path) -> Findings:
             continue
         has_conditions = len({saved["condition"] for saved in results["contrasts"]}) > 1
         for saved in results["contrasts"]:
+            saved.pop("by_base", None)  # kept until 0.2.0
             contrast = OutcomeContrast(**saved)
             name = f"{path.stem}: {contrast_name(contrast)}"
             if has_conditions:
