@@ -191,9 +191,9 @@ class LoraBuilder(Builder):
     def peft_config(self, config: AdapterConfig) -> peft.PeftConfig:
         scale_one = math.sqrt if self.use_rslora else int
         if config.alpha is None and (ranks := config.settings.get("rank_pattern")):
-            alphas = {key: scale_one(r) for key, r in ranks.items()} | (
-                config.settings.get("alpha_pattern") or {}
-            )
+            given = config.settings.get("alpha_pattern") or {}
+            # PEFT takes the first key that matches a module.
+            alphas = given | {key: scale_one(r) for key, r in ranks.items()} | given
             config = dataclasses.replace(
                 config, settings=config.settings | {"alpha_pattern": alphas}
             )

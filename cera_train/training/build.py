@@ -125,11 +125,9 @@ def build_model(config: Config, data: Data, checkpoint: Path | None) -> tuple[Mo
     check_trained_base(config, checkpoint, identity)
 
     torch.manual_seed(config.train.seed)
-    # Only process 0 has weights that will be sharded.
-    idle = [] if accelerator.is_fsdp2 else None
     on_gpu = accelerator.device.type == "cuda"
     autocast = config.model.autocast_dtype(config.train.autocast, on_gpu)
-    adapted = adapters.build(base, config.adapter, idle, autocast is not None)
+    adapted = adapters.build(base, config.adapter, has_autocast=autocast is not None)
     if is_adapter(adapted):  # PEFT knows the name of the base alone
         adapted.peft_config[ADAPTER].revision = config.model.revision
     trainable_count, total_count = adapters.parameter_counts(adapted)

@@ -60,6 +60,11 @@ def built(config, **changes):
     return build.build(make_tiny_llama(**changes).requires_grad_(False), config)
 
 
+def branches_of(config):
+    branches = map(builder(config.kind).branch, built(config).modules())
+    return [branch for branch in branches if branch is not None]
+
+
 def causal_lm(model):
     """The transformers model inside, which the loop calls."""
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
@@ -201,8 +206,14 @@ def test_alpha_scales_the_branch_and_none_is_a_scale_of_1_at_other_ranks_too(ada
     for alpha, scales in by_alpha.items():
         settings = {"rank_pattern": {"v_proj": 2}}
         config = replace(adapter_of(name), alpha=alpha, settings=settings)
-        branches = [builder(config.kind).branch(module) for module in built(config).modules()]
-        assert {(branch.r, round(branch.scaling, 6)) for branch in branches if branch} == scales
+        assert {(branch.r, round(branch.scaling, 6)) for branch in branches_of(config)} == scales
+
+
+@pytest.mark.parametrize("name", ["cera", "lora"])
+def test_an_alpha_of_ones_own_counts_beside_a_rank_of_another_name(adapter_of, name):
+    settings = {"rank_pattern": {"v_proj": 8}, "alpha_pattern": {"0.self_attn.v_proj": 16}}
+    config = replace(adapter_of(name), alpha=None, settings=settings, target_modules=["v_proj"])
+    assert [branch.scaling for branch in branches_of(config)] == [2, 1]
 
 
 def test_the_automatic_rate_is_twice_loras_where_the_branch_starts_at_half_its_scale(adapter_of):

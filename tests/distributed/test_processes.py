@@ -28,6 +28,7 @@ from tiny_runs import (
     wait_until,
 )
 
+from benchmarks.tiny_models import tiny_model
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.distributed.accelerator import start_accelerator
@@ -117,17 +118,16 @@ def test_sharding_equals_one_process_for_every_kind_of_adapter_and_base(
 ):
     """Losses, spectra, and the saved adapter. Each kind shards in its own way."""
     make_mixture("mixtral", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "mixture")
-    tokenizer.save_pretrained(tmp_path / "mixture")
-    experts = [
-        f"model.path={tmp_path / 'mixture'}",
-        "adapter.target_modules=all-linear",
-        "adapter.experts=true",
-    ]
+    tiny_model("longcat_flash").save_pretrained(tmp_path / "idle")  # does not call its routers
+    for folder in ("mixture", "idle"):
+        tokenizer.save_pretrained(tmp_path / folder)
+    all_linear = "adapter.target_modules=all-linear"
     kinds = {
         "dora": ["adapter=dora", "adapter.r=4"],
         "mix": ["adapter=cera_mix", "adapter.r=4", "adapter.dropout=0"],
-        "experts": experts,
-        "nf4": ["model.quantization=nf4", "model.dtype=bfloat16"],
+        "experts": [f"model.path={tmp_path / 'mixture'}", all_linear, "adapter.experts=true"],
+        "idle": [f"model.path={tmp_path / 'idle'}", all_linear],
+        "nf4": ["model.quantization=nf4", "model.dtype=bfloat16", all_linear],
         "checkpointed": [
             "model.gradient_checkpointing=true",
             "adapter.target_modules=[q_proj,lm_head]",
