@@ -108,7 +108,7 @@ def test_a_test_stands_where_its_module_does():
 # --- how much there is to read --------------------------------------------------------------------
 
 BUDGETS = {
-    "cera_train/adapters": 7_450,
+    "cera_train/adapters": 7_459,
     "cera_train/cera": 7_667,
     "cera_train/cli": 5_947,
     "cera_train/common": 4_815,
@@ -126,7 +126,7 @@ BUDGETS = {
     "cera_train/training": 11_775,
     "cera_train/verdicts": 3_288,
     "cera_train": 130_000,
-    "tests": 128_400,
+    "tests": 128_450,
     "benchmarks": 28_000,
 }
 """The most tokens of Python in a folder: what a reader has to read."""

@@ -37,7 +37,7 @@ def keeps_base(model: nn.Module) -> bool:
     if not is_adapter(model):
         return False
     config = model.peft_config[ADAPTER]
-    keeps_biases = getattr(config, "bias", None) in (None, "none")
+    keeps_biases = getattr(config, "bias", "none") == "none"
     is_whole = not replaces_base(getattr(config, "init_lora_weights", None))
     return keeps_biases and is_whole and not getattr(config, "kasa_config", None)
 
@@ -48,7 +48,10 @@ def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> No
         # One file, by the names that `load` knows: those of the original format split what experts
         # share.
         model.save_pretrained(
-            str(folder), state_dict=dict(weights), max_shard_size="1TB", save_original_format=False
+            str(folder),
+            state_dict=buffers(model) | weights,
+            max_shard_size="1TB",
+            save_original_format=False,
         )
         marker = {"kind": "full", "base_model_name_or_path": model.name_or_path}
         (folder / FULL_MODEL).write_text(json.dumps(marker, indent=2) + "\n")
@@ -62,13 +65,18 @@ def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> No
         for alias, parameter in model.named_parameters(remove_duplicate=False)
         if names[id(parameter)] in weights or model.base_model.prefix in alias
     }
-    buffers = {
+    tensors = buffers(model) | shared
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=tensors)
+
+
+def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Those that belong to a checkpoint, by name."""
+    return {
         f"{place}.{name}".lstrip("."): buffer
         for place, module in model.named_modules(remove_duplicate=False)
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     }
-    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=buffers | shared)
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
@@ -92,29 +100,28 @@ def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Puts weights that `read` returned into a model. Raises UserError for a tensor too many,
     missing or misshapen."""
     tensors = saved_tensors(model)
-    wanted, shapes = (
-        {name: tensor.shape for name, tensor in each.items()} for each in (tensors, weights)
-    )
-    if wrong := sorted(
-        name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)
-    ):
-        there, here = (
-            list(each[wrong[0]]) if wrong[0] in each else "missing" for each in (shapes, wanted)
-        )
-        raise UserError(
-            f"the checkpoint does not fit this model: {len(wrong)} tensors differ, first "
-            f"{wrong[0]}, {there} in the file and {here} in the model."
-        )
     if not is_adapter(model):
+        weights = buffers(model) | weights  # 0.2.0 left them out
+    wanted, shapes = (
+        {name: list(tensor.shape) for name, tensor in each.items()} for each in (tensors, weights)
+    )
+    if wrong := [name for name in wanted | shapes if wanted.get(name) != shapes.get(name)]:
+        first = min(wrong)
+        raise UserError(
+            f"the checkpoint does not fit this model: {len(wrong)} tensors differ, first {first}, "
+            f"{shapes.get(first, 'missing')} in the file and {wanted.get(first, 'missing')} in the "
+            "model."
+        )
+    if is_adapter(model):
+        peft.set_peft_model_state_dict(model, weights)
+    else:
         model.load_state_dict(weights, strict=False)
-        return
-    peft.set_peft_model_state_dict(model, weights)
 
 
 def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters and buffers that `save` writes, by their names in its file."""
     if not is_adapter(model):
-        return dict(model.named_parameters())
+        return buffers(model) | dict(model.named_parameters())
     tensors = model.state_dict(keep_vars=True)
     return peft.get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
 
@@ -155,7 +162,7 @@ def _widen_as_trained(model: nn.Module, weights: dict[str, torch.Tensor]) -> Non
     narrow = []
     for name, tensor in saved_tensors(model).items():
         is_wide_in_file = name in weights and weights[name].dtype == torch.float32
-        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        is_parameter = isinstance(tensor, nn.Parameter)
         if is_wide_in_file and is_parameter and tensor.dtype.itemsize < 4:
             # autocast keeps its 16-bit copy only of a weight that takes a gradient
             narrow.append(tensor.requires_grad_())

@@ -181,20 +181,23 @@ EXACT = {"rtol": 0, "atol": 0}
         (make_tiny_llama, EXACT),
         (partial(make_tiny_llama, tie_word_embeddings=True), EXACT),
         (partial(make_mixture, "qwen3_moe"), {}),
+        (partial(tiny_model, "glm4_moe"), {}),
     ],
-    ids=["untied", "tied", "experts"],
+    ids=["untied", "tied", "experts", "buffers"],
 )
 def test_a_full_model_is_one_that_transformers_loads(adapter_of, tmp_path, make, tolerance):
     model = build.build(make().requires_grad_(False), adapter_of("full"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.01)
+        for buffer in saved.buffers(model).values():
+            buffer.add_(torch.arange(len(buffer)))
     saved.save(model, trainable_weights(model), tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(loaded), logits(model), **tolerance)
     assert torch.equal(logits(saved.attach(make(), tmp_path)), logits(model))
-    assert len(saved.read(tmp_path)) == len(list(model.parameters()))
+    assert saved.read(tmp_path).keys() == saved.saved_tensors(model).keys()
 
 
 @pytest.mark.parametrize("name", ["cera", "lora", "rslora", "dora"])

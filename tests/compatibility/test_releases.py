@@ -96,6 +96,7 @@ def test_a_study_has_the_verdicts_it_had(release, run_command):
     )
     assert len(before) == len(now) > 0
     for old, new in zip(before, now, strict=True):
+        old.pop("by_base", None)  # kept until 0.2.0
         assert old.items() <= new.items()
 
 
