@@ -124,6 +124,8 @@ def losses_depend_on_neither_micro_batches_nor_processes(life: Life) -> None:
     rounds = config.model.dtype != "float32" or config.model.quantization != "none"
     if rounds or config.adapter.dropout or config.train.objective == "grpo":
         return
+    if not config.train.check_coverage:  # a token's loss depends on the other tokens of its batch
+        return
     # Later Adam enlarges what rounding changed: DeLoRA's by 4e-5 after four updates, and a state of
     # 8 bits by 1e-3 after two, where a value falls on its other side.
     updates = 2 if config.optimizer.kind.endswith("8bit") else 3
@@ -135,7 +137,7 @@ def plain_peft_computes_the_run(life: Life) -> None:
     config = load_config(life.whole / "config.yaml")
     if config.model.quantization != "none" or config.train.objective == "dpo":
         return  # PEFT's user quantises the base; losses are those of the choice
-    if not config.train.check_coverage:  # a token's loss depends on the other tokens of its batch
+    if not config.train.check_coverage:  # as above
         return
     options = {"dtype": config.model.dtype}
     adapter = life.whole / "adapter"
